@@ -15,8 +15,10 @@ Letters: B batch, T time, N = B*T tokens, V vocabulary, L layers, D d_model, H h
 C channels, E neurons per channel, n = sqrt(E) sub-keys, k top_k, K d_key, F d_ff.
 """
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -463,3 +465,30 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     p = logits.softmax(dim=-1)
     p[p.cumsum(dim=-1) - p >= top_p] = 0                        # keeps the token that crosses top_p
     return int(ids[torch.multinomial(p, 1, generator=generator)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes tensors and plain types to path, which holds the old state or the new one at any time."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote, on the CPU. Runs no code from the file. Raises ValueError if it is not one."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"model", "config", "tokenizer"} <= state.keys():
+            raise KeyError
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: python train.py makes it") from None
+    except Exception:   # torch.load has many ways to fail on a file of another kind
+        raise ValueError(f"{path} is not a checkpoint of train.py") from None
+    return state

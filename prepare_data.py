@@ -1,0 +1,440 @@
+"""Text in, tokens out: makes data/NAME/ with train.bin, val.bin, tokenizer.tiktoken and meta.json.
+
+    python prepare_data.py                          # the standard library's .py files: needs no network
+    python prepare_data.py python --site_packages   # and the .py files of every installed package
+    python prepare_data.py tinystories              # or shakespeare; downloaded to data/NAME/ and kept there
+    python prepare_data.py notes.md books 'logs/*.jsonl.gz'    # your own text
+
+A document is a file, a line of a .jsonl file (key "text"), or what stands between <|endoftext|> lines in a text
+file. Equal documents are kept once, and each is in train.bin or in val.bin as a whole. The .bin files are raw
+little-endian token ids, uint16 (uint32 if the vocabulary is above 65536), with <|endoftext|> after every
+document. The same text gives the same bytes, whatever the machine and its number of cores.
+"""
+import argparse
+import base64
+import collections
+import errno
+import glob
+import hashlib
+import heapq
+import http.client
+import importlib
+import io
+import itertools
+import json
+import os
+import shlex
+import sys
+import sysconfig
+import tempfile
+import time
+import tokenize
+import urllib.error
+import urllib.request
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+
+DATA = Path("data")
+EOT = "<|endoftext|>"
+
+# Pre-tokenisation, after tiktoken's cl100k_base: a word with the one sign or blank before it, up to three digits,
+# punctuation. Here punctuation and line ends also take the indentation of the next line, but for the blank that
+# goes with the next word: 8 % fewer tokens on Python code. Contractions need no rule of their own: 't is a sign
+# and a letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
+PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+(?:\s{1,128}(?!\S))?"
+           r"|[\r\n]++(?:\s{1,128}(?!\S))?|\s{1,128}(?!\S)|\s")
+BPE_BYTES = 40_000_000  # a larger corpus trains its BPE on about this much of it
+
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+DOWNLOADS = {  # source: {URL: bytes, or None for as many as the server announces}
+    "tinystories": {TINYSTORIES + "TinyStories-valid.txt": None, TINYSTORIES + "TinyStories-train.txt": None},
+    "shakespeare": {"https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt":
+                    1_115_394},
+}
+TEXT_FILE = regex.compile(r"(?i)\.(txt|md|py|jsonl)(\.gz|\.xz|\.zst)?$")
+OPENERS = {".gz": ["gzip"], ".xz": ["lzma"], ".zst": ["compression.zstd", "zstandard"]}  # the first there is
+
+
+class Phase:
+    """One line of progress: the name at once, on a terminal the share done, at the end seconds and a note."""
+
+    def __init__(self, name, total=0):
+        self.name, self.total, self.done, self.note = f"{name:<22}", total, 0, ""  # total (0: unknown), done: bytes
+        self.start = self.shown = time.monotonic()
+        print(self.name, end="", flush=True)
+
+    def advance(self, n_bytes):
+        self.done += n_bytes
+        if sys.stdout.isatty() and time.monotonic() > self.shown + 0.1:
+            self.shown = time.monotonic()
+            share = f"{self.done / self.total:.0%}" if self.total else f"{self.done / 1e6:.1f} MB"
+            print(f"\r{self.name}{share:>8}", end="", flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        name = f"\r{self.name}" if sys.stdout.isatty() else ""
+        print(f"{name}{time.monotonic() - self.start:6.1f} s  {self.note}", flush=True)
+
+
+def download(url, path, size=None):
+    """Download url to path, unless it is there, by way of path.part, which the next call continues. OSError."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "prepare_data.py"} | ({"Range": f"bytes={have}-"} if have else {})
+    remedy = f"run again to continue, or save it by hand as {path}; the source python needs no network"
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply, Phase(path.name) as phase:
+            phase.done = have if reply.status == 206 else 0  # 200: no ranges here, everything comes again
+            phase.total = phase.done + int(reply.headers.get("Content-Length", 0))
+            with open(part, "ab" if phase.done else "wb") as file:
+                while chunk := reply.read(1 << 18):
+                    file.write(chunk)
+                    phase.advance(len(chunk))
+            phase.note = f"{phase.done / 1e6:.1f} MB"
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        if getattr(error, "code", None) == 416:  # part is no beginning of this file
+            part.unlink()
+        raise OSError(f"cannot download {url} ({error}): {remedy}") from None
+    size = size or phase.total or phase.done
+    if phase.done != size:
+        if phase.total != size:  # another file
+            part.unlink()
+        raise OSError(f"cannot download {url} (got {phase.done} of {size} bytes): {remedy}")
+    os.replace(part, path)
+
+
+def walk(folder):
+    """The text files below folder, sorted, without those in hidden folders or of installed packages."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("site-packages", "dist-packages"))
+        yield from (Path(parent, name) for name in sorted(names) if TEXT_FILE.search(name))
+
+
+def find_files(source, site_packages):
+    """The files of one source, downloaded if need be. Raises ValueError if there are none."""
+    if source in DOWNLOADS:
+        files = [DATA / source / url.rpartition("/")[2] for url in DOWNLOADS[source]]
+        for path, (url, size) in zip(files, DOWNLOADS[source].items()):
+            download(url, path, size)
+        return files
+    if source == "python":
+        folders = ["stdlib", "purelib", "platlib"] if site_packages else ["stdlib"]
+        files = [path for name in folders for path in walk(sysconfig.get_path(name)) if path.suffix == ".py"]
+    else:
+        found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise ValueError(f"{source}: no such file, folder or match, and not one of the sources "
+                             f"python, {', '.join(DOWNLOADS)}")
+        files = [path for top in map(Path, found) for path in (walk(top) if top.is_dir() else [top])]
+    if not files:
+        raise ValueError(f"{source}: no .txt, .md, .py or .jsonl files in it")
+    return files
+
+
+def split_documents(file, path):
+    """The documents in an open file, decoded and otherwise as they are."""
+    match = TEXT_FILE.search(path.name)
+    kind, encoding, document = match[1].lower() if match else "txt", "utf-8-sig", []
+    if kind == "py":
+        encoding, _ = tokenize.detect_encoding(file.readline)  # its coding line (PEP 263)
+        file.seek(0)
+    lines = io.TextIOWrapper(file, encoding, newline="\n")  # this newline leaves \r\n alone
+    for number, line in enumerate(lines, 1):
+        if kind == "jsonl" and not line.isspace():
+            try:
+                # JSON can spell half a surrogate pair, which UTF-8 cannot: it becomes "?"
+                yield json.loads(line)["text"].encode("utf-8", "replace").decode()
+            except (json.JSONDecodeError, LookupError, TypeError, AttributeError):
+                raise ValueError(f'{path}, line {number}: not a JSON object with a string "text"') from None
+        elif kind == "txt" and line.strip() == EOT:
+            yield "".join(document)
+            document = []
+        else:
+            document.append(line)
+    yield "".join(document)
+
+
+def read_documents(path):
+    """The documents of one file but blank ones. Raises UnicodeError if it is not text, ValueError, OSError."""
+    modules = OPENERS.get(path.suffix.lower(), ["io"])
+    available = [name for name in modules if importlib.util.find_spec(name)]
+    if not available:
+        raise OSError(f"{path}: {path.suffix} needs Python 3.14, or pip install {modules[-1]}")
+    try:
+        with importlib.import_module(available[0]).open(path, "rb") as file:
+            yield from (text for text in split_documents(file, path) if text and not text.isspace())
+    except (SyntaxError, LookupError) as error:  # a coding line that no codec understands
+        raise UnicodeError(error) from None
+    except ValueError:
+        raise
+    except Exception as error:  # every decompressor has a class of its own for a damaged file
+        raise OSError(f"cannot read {path}: {error}") from None
+
+
+@dataclass
+class Corpus:
+    """Where the documents are and which part each belongs to; their text is read again in every pass."""
+    files: list
+    part: np.ndarray  # of every document in reading order: "train", "val", or "" for a duplicate
+    n_bytes: int  # UTF-8, without duplicates
+    skipped: int  # files that are not text
+    val_fraction: float  # of a single document: its end is validation
+
+    def documents(self, wanted):
+        """The texts of one part, "train" or "val", in reading order."""
+        single = np.count_nonzero(self.part) == 1
+        texts = (text for path in self.files for text in read_documents(path))
+        for part, text in zip(self.part.tolist(), texts, strict=True):  # strict: a file that changes is an error
+            if part and single:
+                cut = len(text) - min(max(1, round(len(text) * self.val_fraction)), len(text) - 1)
+                yield text[:cut] if wanted == "train" else text[cut:]
+            elif part == wanted:
+                yield text
+
+
+def scan(files, val_fraction):
+    """Read everything once, leave out files that are not text and repeated documents, and split the rest.
+
+    Validation is TinyStories-valid.txt if it is there, else the documents with the lowest hashes, which depend on
+    nothing but the text. Raises ValueError if there is nothing to train on.
+    """
+    validation = [path for path in files if path.match("tinystories/TinyStories-valid.txt")]
+    files = list(dict.fromkeys(validation + files))  # of equal documents the first is kept: validation keeps its own
+    digests, sizes, good, n_validation = array("Q"), array("Q"), [], 0
+    with Phase("read") as phase:
+        for path in files:
+            start = len(digests)
+            try:
+                for text in read_documents(path):
+                    data = text.encode()
+                    # 64 bits: two million documents have a false duplicate with odds of 1 in 10 million
+                    digests.append(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
+                    sizes.append(len(data))
+                    phase.advance(len(data))
+                good.append(path)
+            except UnicodeError:
+                del digests[start:], sizes[start:]
+            if path in validation:
+                n_validation = len(digests)
+        kept = np.unique(np.array(digests), return_index=True)[1]  # the first of each, lowest hash first
+        part = np.full(len(digests), "", "<U5")
+        part[kept] = "train"
+        n_val = min(max(1, round(val_fraction * len(kept))), max(len(kept) - 1, 0))
+        part[kept[kept < n_validation] if n_validation else kept[:n_val]] = "val"
+        phase.note = f"{len(digests)} documents in {len(good)} files"
+    if "train" not in part:
+        raise ValueError(f"no text to train on in {len(files)} files, {len(files) - len(good)} of them not UTF-8")
+    return Corpus(good, part, int(np.array(sizes)[kept].sum()), len(files) - len(good), val_fraction)
+
+
+def train_bpe(word_counts, vocab_size):
+    """Byte-pair encoding: {word (str or bytes): count} in the order of first occurrence -> {token bytes: rank}.
+
+    Starts from the 256 bytes and merges the most frequent pair of neighbours, of equally frequent ones the first
+    in the text: the tokens of tiktoken's `_educational.bpe_train`, in the same order. A pair that spells a token
+    which is there already is merged without a new rank. Returns fewer ranks when no pair is left.
+    """
+    # All words lie in one array of bytes, a gap around each: tok[p] is the token that starts at byte p, or -1.
+    words = [word.encode() if isinstance(word, str) else word for word in word_counts]
+    gaps = np.cumsum([0] + [len(word) + 1 for word in words])
+    tok = np.frombuffer(b" ".join([b"", *words, b""]), np.uint8).astype(np.int64)
+    tok[gaps] = -1
+    count = np.append(np.repeat(np.fromiter(word_counts.values(), np.int64), np.diff(gaps)), 0)
+    previous = np.arange(-1, len(tok) - 1)  # where the token before the one at p starts
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokens = list(ranks)
+    places, heap = {}, []  # {pair: bytes where it came about}, [(-count, first place, pair)]; pair: left<<32 | right
+
+    def add(where, left, right):
+        pairs = (left << 32) + right
+        order = np.argsort(pairs, kind="stable")
+        where, pairs = where[order], pairs[order]
+        first = np.flatnonzero(np.diff(pairs, prepend=-1))
+        totals = np.add.reduceat(count[where], first).tolist()
+        for pair, total, new in zip(pairs[first].tolist(), totals, np.split(where, first[1:])):
+            if pair in places:  # it came about before: two pairs can spell one token
+                new = np.append(new, places[pair])
+                total = count[new].sum().item()
+            places[pair] = new
+            heapq.heappush(heap, (-total, new.min().item(), pair))
+
+    start = np.flatnonzero((tok[:-1] >= 0) & (tok[1:] >= 0))
+    add(start, tok[start], tok[start + 1])
+    while heap and len(ranks) < vocab_size:
+        # Merges take places from other pairs: their counts fall and their first places move back. So an entry is
+        # a bound, and if it does not hold any more its pair goes back with the numbers of now.
+        entry = heapq.heappop(heap)
+        pair = entry[2]
+        left, right = divmod(pair, 1 << 32)
+        middle, end = len(tokens[left]), len(tokens[left]) + len(tokens[right])
+        where = places[pair][tok[places[pair]] == left]
+        where = places[pair] = np.sort(where[tok[where + middle] == right])
+        if len(where) == 0:
+            continue
+        now = (-count[where].sum().item(), where[0].item(), pair)
+        if now != entry:
+            heapq.heappush(heap, now)
+            continue
+        if left == right:  # of a run, every second place
+            index = np.arange(len(where))
+            run = np.maximum.accumulate(np.where(np.diff(where, prepend=-end) == middle, 0, index))
+            where = where[(index - run) % 2 == 0]
+        token = tokens[left] + tokens[right]
+        new = ranks.setdefault(token, len(ranks))
+        tokens += [token][:len(ranks) - len(tokens)]
+        after = where + end
+        tok[where + middle] = -1
+        tok[where] = new
+        previous[after] = where
+        before = previous[where]
+        before = before[tok[before] >= 0]
+        add(before, tok[before], new)
+        # the pair of two new neighbours has just been added, as what stands before the right one
+        last = (tok[after] >= 0) & np.append(after[:-1] != where[1:], True)
+        add(where[last], new, tok[after[last]])
+    return ranks
+
+
+def load_tokenizer(ranks_text, pat_str):
+    """The tiktoken.Encoding of the text in a tokenizer.tiktoken; <|endoftext|> is the id after the last rank."""
+    # not by tiktoken.load, which caches by path and could return an older file
+    lines = (line.split() for line in ranks_text.splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    return tiktoken.Encoding("sgatlin", pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+def make_tokenizer(kind, corpus, vocab_size):
+    """The text of tokenizer.tiktoken and the pre-tokenisation pattern for a tokenizer bpe, gpt2 or bytes."""
+    pat_str, ranks = PATTERN, {bytes([byte]): byte for byte in range(256)}
+    if kind == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:
+            raise OSError(f"cannot get the gpt2 tokenizer ({error}): set TIKTOKEN_CACHE_DIR to a folder that has "
+                          "it, or use --tokenizer bpe") from None
+        pat_str, ranks = gpt2._pat_str, gpt2._mergeable_ranks
+    elif kind == "bpe":
+        every = max(1, round(corpus.n_bytes / BPE_BYTES))
+        counts, pattern = collections.Counter(), regex.compile(pat_str)
+        with Phase("count words", corpus.n_bytes / every) as phase:
+            for text in itertools.islice(corpus.documents("train"), 0, None, every):
+                counts.update(map(regex.Match.group, pattern.finditer(text[:BPE_BYTES])))
+                phase.advance(len(text))
+            phase.note = f"{len(counts)} different" + (f", in one of {every} documents" if every > 1 else "")
+        with Phase("merge pairs"):
+            ranks = train_bpe(counts, vocab_size - 1)
+        if len(ranks) < vocab_size - 1:
+            raise ValueError(f"vocab_size {vocab_size} is too large: the text supports at most {len(ranks) + 1}")
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), pat_str
+
+
+def write_bin(corpus, part, tokenizer, path, dtype):
+    """Encode the documents of one part into a new file; returns their counts for meta.json and its sha256."""
+    eot = np.array([tokenizer.eot_token], np.uint32)
+
+    def encode(texts):  # runs in threads: tiktoken lets go of Python's lock
+        ids = [ids for text in texts for ids in (tokenizer.encode_to_numpy(text, disallowed_special=()), eot)]
+        return np.concatenate(ids).astype(dtype)
+
+    n_docs, n_bytes, n_tokens, sha, texts = 0, 0, 0, hashlib.sha256(), corpus.documents(part)
+    with Phase(f"encode {part}") as phase, open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(texts, 512)):
+            for ids in pool.map(encode, (batch[i:i + 8] for i in range(0, len(batch), 8))):
+                file.write(ids)
+                sha.update(ids)
+                n_tokens += len(ids)
+            n_docs += len(batch)
+            n_bytes += sum(len(text.encode()) for text in batch)
+            phase.advance(n_bytes - phase.done)
+        phase.note = f"{n_docs} documents, {n_bytes / 1e6:.2f} MB, {n_tokens} tokens"
+    return {f"{part}_tokens": n_tokens, f"{part}_bytes": n_bytes, f"{part}_docs": n_docs}, sha.hexdigest()
+
+
+def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.05, site_packages=False):
+    """Make the data set of the sources (as on the command line) in out_dir; returns what meta.json holds.
+
+    vocab_size counts <|endoftext|> and is for bpe alone. The files are made in a folder of their own and renamed
+    at the end, meta.json last: if anything fails before, what was in out_dir stays as it was.
+    Raises ValueError or OSError with a message of one line.
+    """
+    if tokenizer == "bpe" and vocab_size < 257:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and <|endoftext|> take 257")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction {val_fraction}: give a number between 0 and 1")
+    if site_packages and "python" not in sources:
+        raise ValueError("site_packages goes with the source python")
+    out_dir = Path(out_dir)
+    try:
+        corpus = scan([path for source in sources for path in find_files(source, site_packages)], val_fraction)
+        ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
+        encoding = load_tokenizer(ranks_text, pat_str)
+        dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as temp:
+            train, train_sha = write_bin(corpus, "train", encoding, Path(temp, "train.bin"), dtype)
+            val, val_sha = write_bin(corpus, "val", encoding, Path(temp, "val.bin"), dtype)
+            content = "\0".join([ranks_text, pat_str, train_sha, val_sha]).encode()
+            meta = {
+                "source": " ".join(sources) + " --site_packages" * site_packages, "tokenizer": tokenizer,
+                "pat_str": pat_str, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+                "dtype": np.dtype(dtype).name, **train, **val, "skipped": corpus.skipped,
+                "duplicates": int(np.count_nonzero(corpus.part == "")),
+                "fingerprint": hashlib.sha256(content).hexdigest()[:16],
+            }
+            Path(temp, "tokenizer.tiktoken").write_bytes(ranks_text.encode())
+            Path(temp, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
+                os.replace(Path(temp, name), out_dir / name)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(f"the disk is full: make room and run again; {out_dir} is as it was") from None
+        raise
+    return meta
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"prepare_data: {message} (--help lists the options)\n")
+    parser.add_argument("source", nargs="*", help="python (the default), tinystories, shakespeare, or files, "
+                        "folders and globs of .txt, .md, .py and .jsonl, plain or .gz, .xz, .zst")
+    parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe", help="default: bpe")
+    parser.add_argument("--vocab_size", type=int, help="of the bpe, <|endoftext|> included; default: 8192")
+    parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
+    parser.add_argument("--val_fraction", type=float, default=0.05, help="of the documents; default: 0.05")
+    parser.add_argument("--site_packages", action="store_true", help="python: the installed packages too")
+    args = parser.parse_intermixed_args()
+    if args.vocab_size is not None and args.tokenizer != "bpe":
+        parser.error(f"--vocab_size is for the bpe; {args.tokenizer} has its own")
+    sources = args.source or ["python"]
+    plain = Path(*itertools.takewhile(lambda name: not glob.has_magic(name), Path(sources[0]).parts))
+    out_dir = args.out_dir or DATA / (plain.resolve().name.split(".")[0] or "text")
+    vocab_size = 8192 if args.vocab_size is None else args.vocab_size
+    try:
+        meta = prepare(sources, out_dir, args.tokenizer, vocab_size, args.val_fraction, args.site_packages)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_data: {error}")
+    except KeyboardInterrupt:
+        print("\nprepare_data: interrupted", file=sys.stderr)
+        sys.exit(130)
+    n_bytes, n_tokens = (meta[f"train_{unit}"] + meta[f"val_{unit}"] for unit in ("bytes", "tokens"))
+    print(f"{n_bytes / n_tokens:.2f} bytes per token, vocabulary {meta['vocab_size']}, "
+          f"{meta['skipped']} files skipped (not UTF-8), {meta['duplicates']} duplicates left out")
+    flag = "" if Path(out_dir) == DATA / "python" else f" --data_dir={shlex.quote(str(out_dir))}"
+    print(f"wrote {out_dir}; next: python train.py{flag}")
+
+
+if __name__ == "__main__":
+    main()

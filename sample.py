@@ -1,0 +1,101 @@
+"""Continue a prompt with a model that train.py made.
+
+    python sample.py --prompt "def "
+    python sample.py --prompt FILE:start.txt --temperature 0        # the prompt is a file; greedy
+    python sample.py --num_samples 3 --top_k 50 --seed 1
+    python sample.py                                                # asks for a prompt, if there is a terminal
+
+An empty prompt stands for the start of a document. A sample ends at <|endoftext|> or after max_new_tokens. The
+tokenizer comes with the checkpoint.
+"""
+import argparse
+import codecs
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from model import GPT, GPTConfig, load_checkpoint
+from prepare_data import load_tokenizer
+
+
+def load_model(path: Path, device: str) -> tuple[GPT, tiktoken.Encoding]:
+    """The model of a checkpoint, in evaluation mode, and its tokenizer. Raises ValueError if it is not one."""
+    state = load_checkpoint(path)
+    fields = GPTConfig.__dataclass_fields__
+    model = GPT(GPTConfig(**{name: value for name, value in state["config"].items() if name in fields}))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), load_tokenizer(state["tokenizer"]["ranks"], state["tokenizer"]["pat_str"])
+
+
+def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, **settings) -> Iterator[str]:
+    """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
+
+    A string is empty while a token ends within a character; bytes that are no UTF-8 become U+FFFD.
+    """
+    tokens = encoding.encode(prompt, allowed_special={"<|endoftext|>"}) or [encoding.eot_token]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in model.generate(tokens, max_new_tokens, vocab_size=encoding.n_vocab, **settings):
+        if token == encoding.eot_token:
+            break
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--prompt", help="text to continue, or FILE:path")
+    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="folder of the run (default: out)")
+    parser.add_argument("--num_samples", type=int, default=1, help="continuations of the prompt (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from the k likeliest tokens; 0: off (default)")
+    parser.add_argument("--top_p", type=float, default=0.95,
+                        help="sample from the likeliest tokens that make up this probability (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: 1337)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    args = parser.parse_args(argv)
+    for name, ok, bound in (("num_samples", args.num_samples > 0, "positive"), ("top_k", args.top_k >= 0, "0 or more"),
+                            ("max_new_tokens", args.max_new_tokens > 0, "positive"),
+                            ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
+                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1")):
+        if not ok:
+            parser.error(f"--{name}={getattr(args, name)} must be {bound}")
+    return args
+
+
+def read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        return input("prompt> ") if sys.stdin.isatty() else ""
+    return Path(prompt[5:]).read_text(encoding="utf-8") if prompt.startswith("FILE:") else prompt
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        model, encoding = load_model(args.out_dir / "ckpt.pt", device)
+        prompt = read_prompt(args.prompt)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        for i in range(args.num_samples):
+            if args.num_samples > 1:
+                print(f"--- sample {i + 1}")
+            print(prompt, end="", flush=True)
+            start, count = time.perf_counter(), 0
+            for text in stream(model, encoding, prompt, args.max_new_tokens, temperature=args.temperature,
+                               top_k=args.top_k, top_p=args.top_p, generator=generator):
+                print(text, end="", flush=True)
+                count += 1
+            print(f"\n[{count} tokens, {count / (time.perf_counter() - start):.0f} tok/s]", flush=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"sample.py: {error}") from None
+    except (KeyboardInterrupt, EOFError):
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,536 @@
+"""Train a GPT on a folder made by prepare_data.py (made here, if it is the default one and not there).
+
+    python train.py                                    # a laptop or one GPU; --help lists every setting
+    python train.py --ffn=swiglu --scale=2 --flops=1e15    # a model of the paper's ladder, a budget of compute
+    torchrun --nproc_per_node=8 train.py               # eight GPUs; on CPUs add --device=cpu
+    python train.py --resume                           # continue after Ctrl-C, a kill or a crash
+
+Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, the tokenizer) and log.jsonl (the
+settings, then one object per logged step and per evaluation).
+
+The batch of step s is a function of (seed, s) alone: it does not depend on the number of processes, on how the
+batch is cut into micro-batches, on evaluations or on interruptions.
+"""
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import kernels
+import prepare_data
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from sample import stream
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    vocab_size: int = 8192          # rows of the embedding; unless given, as many as the tokenizer has
+    scale: int = 0                  # 1, 2, ...: take the model's sizes that are not given from the paper's ladder
+    data_dir: str = "data/python"   # folder made by prepare_data.py
+    out_dir: str = "out"            # folder for the checkpoint and the log
+    resume: bool = False            # continue the run in out_dir
+    overwrite: bool = False         # start anew although there is a run in out_dir
+    steps: int = 2000               # optimizer steps
+    flops: float = 0.0              # compute to spend, counted as in the paper: sets steps; 0: off
+    batch_size: int = 256           # sequences per optimizer step, over all processes
+    micro_batch_size: int = 32      # sequences per process at a time; lower it when memory runs out
+    learning_rate: float = 1e-3     # the highest of the schedule (AdamW, betas 0.9 and 0.999)
+    weight_decay: float = 0.1       # of tensors of more than one dimension
+    warmup_steps: int = 100         # of linear rise from 0
+    decay_fraction: float = 0.2     # share of the steps, at the end, over which the rate falls as 1 - sqrt
+    grad_clip: float = 2.0          # bound on the norm of the gradient; 0: off
+    eval_interval: int = 200        # steps between evaluations; each saves a checkpoint
+    eval_sequences: int = 128       # validation windows per evaluation, always the same ones
+    log_interval: int = 10          # steps between log lines
+    seed: int = 1337                # of the initialisation and of the order of the data
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of the matmuls; auto: bfloat16 on a GPU with it
+    compile: bool = True            # run the model through torch.compile
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences", "log_interval",
+                     "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("scale", "flops", "weight_decay", "warmup_steps", "grad_clip", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
+
+
+# The defaults above are the gpu preset: the model, optimizer and schedule of the paper's TinyStories study.
+CPU_PRESET = dict(block_size=256, d_model=128, n_layer=4, batch_size=16, micro_batch_size=16, steps=500,
+                  warmup_steps=50, learning_rate=3e-3, eval_interval=100, eval_sequences=64, compile=False)
+RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
+             "log_interval", "device", "dtype", "compile"}     # settings that may change when a run goes on
+
+
+# -----------------------------------------------------------------------------------------------------------
+# settings
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the settings)\n")
+
+
+def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
+    """The parser, and the settings that the command line gives."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    comments = {}
+    for cls in (GPTConfig, TrainConfig):
+        comments |= dict(re.findall(r"^    (\w+): .*?  # ?(.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(TrainConfig):
+        text = f"{comments[field.name]} (default: {field.default}"
+        text += f"; on a CPU: {CPU_PRESET[field.name]})" if field.name in CPU_PRESET else ")"
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif choices := typing.get_args(field.type):
+            kind = dict(choices=choices)
+        parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **kind)
+    return parser, vars(parser.parse_args(argv))
+
+
+def make_config(given: dict, device: str) -> TrainConfig:
+    """The preset of the device, under the ladder's sizes if a scale is given, under the settings given."""
+    if "steps" in given and given.get("flops"):
+        raise ValueError(f"--steps={given['steps']} and --flops={given['flops']:g} both set the steps: give one")
+    preset = CPU_PRESET if device == "cpu" else {}
+    ladder = {}
+    if given.get("scale"):
+        ladder = dataclasses.asdict(GPTConfig.ladder(given.get("ffn", GPTConfig.ffn), given["scale"]))
+        ladder = {name: ladder[name] for name in ("d_model", "d_head", "n_layer", "d_ff", "n_experts", "n_channels",
+                                                  "top_k", "d_key")}
+    return TrainConfig(**(preset | ladder | given))
+
+
+def resume_config(given: dict, saved: dict) -> TrainConfig:
+    """The settings of the checkpoint with those given that may change. Raises ValueError for the others."""
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved[name]:
+            raise ValueError(f"--{name}={value} contradicts the checkpoint, which has {saved[name]}: drop it, or "
+                             "train anew with another --out_dir")
+    return TrainConfig(**(saved | given))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# processes, data, schedule
+
+class Processes:
+    """The processes of this run (one, or those torchrun started) and this one's place among them."""
+
+    def __init__(self, device: str):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """The sum of each value over the processes, in float64."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def print(self, *text: str) -> None:
+        if self.rank == 0:
+            print(*text, flush=True)
+
+
+class Data:
+    """The tokens of a folder made by prepare_data.py. Raises ValueError if it is not whole or too short."""
+
+    def __init__(self, cfg: TrainConfig):
+        self.folder, self.cfg = Path(cfg.data_dir), cfg
+        remedy = f"python prepare_data.py --help tells how to make {cfg.data_dir}"
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.tokenizer = {"ranks": (self.folder / "tokenizer.tiktoken").read_text(), "pat_str": self.meta["pat_str"]}
+            for part in ("train", "val"):
+                size, item = (self.folder / f"{part}.bin").stat().st_size, np.dtype(self.meta["dtype"]).itemsize
+                wanted = self.meta[f"{part}_tokens"] * item
+                if size != wanted:
+                    raise ValueError(f"{self.folder / part}.bin has {size} bytes, not the {wanted} of meta.json: "
+                                     "prepare it again")
+                if wanted // item < 2 * cfg.block_size + 1:
+                    raise ValueError(f"{self.folder / part}.bin has {wanted // item} tokens: too few for "
+                                     f"--block_size={cfg.block_size}, which needs {2 * cfg.block_size + 1}")
+        except FileNotFoundError as error:
+            raise ValueError(f"{error.filename} is missing: {remedy}") from None
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise ValueError(f"{self.folder / 'meta.json'} is not from prepare_data.py: {remedy}") from None
+
+    def windows(self, part: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (len(starts), T) int64 each, of the windows that begin at these tokens."""
+        tokens = np.memmap(self.folder / f"{part}.bin", dtype=self.meta["dtype"], mode="r")  # opened anew each
+        # time: a long-lived map would count all pages it has touched as memory of this process
+        rows = np.stack([tokens[s:s + self.cfg.block_size + 1] for s in starts]).astype(np.int64)
+        if rows.max() >= self.cfg.vocab_size:
+            raise ValueError(f"{self.folder / part}.bin holds token {rows.max()}, beyond "
+                             f"vocab_size={self.cfg.vocab_size}: prepare it again")
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def n_windows(self) -> int:
+        """Windows in one pass over the training tokens; room is left to shift them."""
+        return (self.meta["train_tokens"] - self.cfg.block_size - 1) // self.cfg.block_size
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch: int) -> np.ndarray:
+        """The first tokens of the windows of one pass: shuffled, and shifted by a random part of a window."""
+        rng = np.random.default_rng((self.cfg.seed, epoch))
+        return rng.permutation(self.n_windows()) * self.cfg.block_size + rng.integers(self.cfg.block_size)
+
+    def train_batch(self, step: int) -> np.ndarray:
+        """The first tokens of the windows of the global batch of a step, (batch_size,)."""
+        n, first = self.n_windows(), step * self.cfg.batch_size
+        return np.array([self.order(i // n)[i % n] for i in range(first, first + self.cfg.batch_size)])
+
+    def val_batch(self) -> np.ndarray:
+        """The first tokens of the validation windows: evenly spaced, as many as asked for and without overlap."""
+        room = self.meta["val_tokens"] - self.cfg.block_size - 1
+        count = min(self.cfg.eval_sequences, room // self.cfg.block_size + 1)
+        return np.arange(count) * (room // max(count - 1, 1))
+
+
+def schedule(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of a step, the first being 0: linear warm-up, constant, and at the end 1 - sqrt to 0."""
+    rise = min(1.0, step / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    decay_steps = int(cfg.decay_fraction * cfg.steps)
+    t = step - (cfg.steps - decay_steps)
+    fall = 1 - math.sqrt(min(1.0, t / decay_steps)) if t > 0 else 1.0
+    return cfg.learning_rate * rise * fall
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)],
+                             lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the run
+
+def choose(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, bool, list[str]]:
+    """The dtype of the matmuls, whether to compile, and the lines that say what runs and why."""
+    cuda = device.type == "cuda"
+    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    dtype, why = (torch.bfloat16, "the GPU has it") if has_bf16 else (torch.float32, "bfloat16 pays on GPUs that have it")
+    if cfg.dtype != "auto":
+        dtype, why = getattr(torch, cfg.dtype), f"--dtype={cfg.dtype}"
+    compiled, reason = cfg.compile, "--compile" if cfg.compile else "--no-compile"
+    if cuda and importlib.util.find_spec("triton") is None:
+        compiled, reason = False, "it needs triton"
+    elif not cuda and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        compiled, reason = False, "it needs a C++ compiler"
+    kernel, kernel_reason = kernels.backend(device.type)
+    where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    return dtype, compiled, [f"device   {device.type}: {where}", f"dtype    {str(dtype)[6:]}: {why}",
+                             f"kernels  {kernel}: {kernel_reason}",
+                             f"compile  {'on' if compiled else 'off'}: {reason}"]
+
+
+def keep_memory() -> None:
+    """Makes glibc keep freed memory: by default it gives every large tensor back and then faults its pages in."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+class Run:
+    """A model in training: what a step, an evaluation and a checkpoint need."""
+
+    def __init__(self, cfg: TrainConfig, processes: Processes, data: Data, saved: dict | None):
+        self.cfg, self.processes, self.data = cfg, processes, data
+        device = processes.device
+        dtype, compiled, self.setup = choose(cfg, device)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        torch.manual_seed(cfg.seed)
+        self.model = GPT(cfg).to(device)
+        self.optimizer = make_optimizer(self.model, cfg)
+        self.step, self.seconds, self.loss = 0, 0.0, None
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.seconds, self.loss = (saved[name] for name in ("step", "seconds", "loss"))
+        elif cfg.flops:
+            cfg.steps = int(cfg.flops // self.flops_per_step())
+            if not cfg.steps:
+                raise ValueError(f"--flops={cfg.flops:g} buys no step: one costs {self.flops_per_step():.3g}")
+        # The raw model is what is saved and sampled; the wrapped one shares its parameters.
+        self.wrapped = torch.compile(self.model) if compiled else self.model
+        if dist.is_initialized():
+            self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.path, self.log = Path(cfg.out_dir, "ckpt.pt"), Path(cfg.out_dir, "log.jsonl")
+
+    def flops_per_step(self) -> int:
+        """Of training, as the paper counts: three times the forward FLOPs of the batch."""
+        return 3 * self.model.flops_per_sequence() * self.cfg.batch_size
+
+    def backward(self, starts: np.ndarray) -> float | Tensor:
+        """Adds up the gradient of the mean loss over these windows in micro-batches; returns the loss."""
+        total = 0.0
+        micro = self.cfg.micro_batch_size
+        for i in range(0, len(starts), micro):
+            x, y = (t.to(self.processes.device, non_blocking=True) for t in self.data.windows("train", starts[i:i + micro]))
+            last = i + micro >= len(starts)
+            sync = contextlib.nullcontext() if last or not dist.is_initialized() else self.wrapped.no_sync()
+            with sync:
+                with self.autocast():
+                    _, loss = self.wrapped(x, y)
+                loss = loss * (len(x) / len(starts))
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def train_step(self, stop: bool) -> tuple[float, float, bool]:
+        """One optimizer step. Returns the loss over all processes, the gradient norm before clipping, and whether
+        any process was told to stop. Raises SystemExit if the loss or the norm is not finite."""
+        cfg, world = self.cfg, self.processes.world
+        lr = schedule(self.step, cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        mine = self.data.train_batch(self.step).reshape(world, -1)[self.processes.rank]
+        loss = self.backward(mine)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        loss, norm, stop = self.processes.sum(loss / world, norm / world, stop)
+        if not math.isfinite(loss + norm):
+            raise SystemExit(f"step {self.step}: the loss is {loss}, the gradient norm {norm}. "
+                             f"{self.path} holds the last good state; a lower --learning_rate may help")
+        self.optimizer.step()
+        self.step, self.loss = self.step + 1, loss
+        return loss, norm, stop > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean validation loss in nats per token, over all processes."""
+        starts = self.data.val_batch()
+        mine = starts[self.processes.rank::self.processes.world]
+        total = 0.0
+        for i in range(0, len(mine), self.cfg.micro_batch_size):
+            x, y = (t.to(self.processes.device) for t in self.data.windows("val", mine[i:i + self.cfg.micro_batch_size]))
+            with self.autocast():
+                total += self.model(x, y)[1].double() * len(x)
+        return self.processes.sum(total)[0] / len(starts)
+
+    def save(self) -> None:
+        if self.processes.rank == 0:
+            save_checkpoint(self.path, dict(
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+                seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg), data=self.data.meta,
+                tokenizer=self.data.tokenizer))
+
+    def write_log(self, **entry: float) -> None:
+        if self.processes.rank == 0:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def report(self) -> None:
+        """Prints what is about to run, and how long it will take, measured on one micro-batch."""
+        cfg, out = self.cfg, self.processes.print
+        total, active = self.model.num_params()
+        tokens = cfg.batch_size * cfg.block_size
+        passes = cfg.steps * cfg.batch_size / self.data.n_windows()
+        starts = self.data.train_batch(0)[:min(cfg.micro_batch_size, cfg.batch_size // self.processes.world)]
+        for _ in range(2):      # the first is slower: it compiles, and finds memory
+            start = time.perf_counter()
+            self.processes.sum(self.backward(starts))
+        share = cfg.batch_size / self.processes.world / len(starts)
+        expected = (cfg.steps - self.step) * (time.perf_counter() - start) * share
+        self.optimizer.zero_grad(set_to_none=True)
+        out("\n".join(self.setup))
+        out(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
+            f"{active:,} active per token; {self.flops_per_step() / tokens / 1e6:.1f} MFLOP per token of training")
+        out(f"data     {cfg.data_dir}: {self.data.meta['train_tokens']:,} tokens, vocabulary {cfg.vocab_size}")
+        out(f"plan     {cfg.steps} steps of {tokens:,} tokens on {self.processes.world} process(es): "
+            f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
+            f"{cfg.steps * self.flops_per_step():.3g} FLOP; about {clock(expected)}")
+        if passes > 4:
+            out("note     so many passes overfit: fewer --steps, or more data (python prepare_data.py --help)")
+
+    def checkpoint(self) -> None:
+        """Evaluates, saves, then logs: what is in the log is in the checkpoint."""
+        cfg, meta = self.cfg, self.data.meta
+        val_loss = self.evaluate()
+        if not math.isfinite(val_loss):
+            raise SystemExit(f"step {self.step}: the validation loss is {val_loss}; {self.path} holds the "
+                             "last good state")
+        self.save()
+        tokens = self.step * cfg.batch_size * cfg.block_size
+        bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+        self.write_log(event="eval", step=self.step, tokens=tokens, flops=self.step * self.flops_per_step(),
+                       seconds=round(self.seconds, 3), train_loss=self.loss,
+                       val_loss=val_loss, val_bits_per_byte=bits)
+        self.processes.print(f"step {self.step:6}/{cfg.steps} | validation loss {val_loss:.4f} | "
+                             f"{bits:.4f} bits per byte | saved {self.path}")
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# from the command line to the end of the run
+
+def start_log(run: Run, resumed: bool) -> None:
+    """A new log begins with the settings; a resumed one loses what came after the checkpoint."""
+    if run.processes.rank:
+        return
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    if resumed:
+        for line in run.log.read_text().splitlines() if run.log.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
+                if json.loads(line).get("step", 0) <= run.step:
+                    lines.append(line + "\n")
+    else:
+        run.path.unlink(missing_ok=True)
+    partial = run.log.with_name("log.jsonl.partial")
+    partial.write_text("".join(lines))
+    os.replace(partial, run.log)
+    if not resumed:
+        versions = dict(torch=torch.__version__, python=platform.python_version(), machine=run.setup[0].split(None, 1)[1])
+        run.write_log(event="config", config=dataclasses.asdict(run.cfg), data=run.data.meta, versions=versions)
+
+
+def train(run: Run, resumed: bool) -> bool:
+    """Runs to cfg.steps, or until a process gets SIGINT or SIGTERM. Returns whether it got there."""
+    cfg, told = run.cfg, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told.append(number))
+    fresh, stop, pace = not resumed, False, None
+    while True:
+        at_end = run.step >= cfg.steps
+        if fresh and (at_end or run.step % cfg.eval_interval == 0):
+            run.checkpoint()
+        elif stop:
+            run.save()
+        if at_end or stop:
+            return at_end
+        begin = time.perf_counter()
+        lr = schedule(run.step, cfg)
+        loss, norm, stop = run.train_step(bool(told))
+        elapsed = time.perf_counter() - begin
+        run.seconds += elapsed
+        fresh, pace = True, elapsed if pace is None else 0.9 * pace + 0.1 * elapsed
+        if run.step % cfg.log_interval == 0 or run.step == cfg.steps:
+            run.write_log(event="step", step=run.step, seconds=round(run.seconds, 3), loss=loss, lr=lr, norm=norm)
+            run.processes.print(
+                f"step {run.step:6}/{cfg.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
+                f"{1e3 * elapsed:.0f} ms | {cfg.batch_size * cfg.block_size / elapsed:,.0f} tok/s | "
+                f"eta {clock(pace * (cfg.steps - run.step))}")
+
+
+def prepare(given: dict, device: str) -> Run:
+    """Everything before the first step. Raises ValueError or OSError with one line that says what to do."""
+    processes = Processes(device)
+    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    saved = None
+    if given.get("resume"):
+        saved = load_checkpoint(path)
+        cfg = resume_config(given, saved["config"])
+    else:
+        cfg = make_config(given, device)
+        if (path.exists() or path.with_name("log.jsonl").exists()) and not cfg.overwrite:
+            raise ValueError(f"{cfg.out_dir} holds a run: --resume continues it, --overwrite starts anew, "
+                             "--out_dir=... puts this one elsewhere")
+    if cfg.batch_size % processes.world:
+        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {processes.world} processes")
+    if cfg.data_dir == TrainConfig.data_dir and not Path(cfg.data_dir, "meta.json").exists():
+        if processes.rank == 0:
+            print(f"There is no {cfg.data_dir}: preparing it from the Python standard library.", flush=True)
+            prepare_data.prepare(["python"], cfg.data_dir)
+        processes.sum(0)    # the others wait here
+    data = Data(cfg)
+    if saved and saved["data"]["fingerprint"] != data.meta["fingerprint"]:
+        raise ValueError(f"{cfg.data_dir} is not the data that {path} was trained on: prepare that again")
+    if "vocab_size" not in given and not saved:
+        cfg.vocab_size = data.meta["vocab_size"]
+    if cfg.vocab_size < data.meta["vocab_size"]:
+        raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the {data.meta['vocab_size']} of {cfg.data_dir}")
+    return Run(cfg, processes, data, saved)
+
+
+def finish(run: Run) -> None:
+    """A sample, and what to do next."""
+    out = run.processes.print
+    if run.processes.rank == 0:
+        encoding = prepare_data.load_tokenizer(run.data.tokenizer["ranks"], run.data.tokenizer["pat_str"])
+        generator = torch.Generator(run.processes.device).manual_seed(run.cfg.seed)
+        text = "".join(stream(run.model, encoding, "", 120, temperature=0.8, top_p=0.95, generator=generator))
+        out(f"trained for {clock(run.seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
+    where = "" if run.cfg.out_dir == TrainConfig.out_dir else f" --out_dir={run.cfg.out_dir}"
+    out(f"next:  python sample.py{where} --prompt \"def \"\n"
+        f"       python train.py{where} --resume --steps={2 * run.cfg.steps}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, given = parse_args(argv)
+    device = given.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        make_config(given, device)
+    except ValueError as error:
+        parser.error(str(error))
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: torch sees no CUDA device; --device=cpu runs without one")
+    keep_memory()
+    torch.set_flush_denormal(True)      # the moments of neurons that nobody picks decay into denormals, slow on CPUs
+    torch.set_float32_matmul_precision("high")
+    try:
+        run = prepare(given, device)
+        run.report()
+        start_log(run, resumed="resume" in given)
+        if train(run, resumed="resume" in given):
+            finish(run)
+        else:
+            run.processes.print(f"stopped at step {run.step}; python train.py --out_dir={run.cfg.out_dir} --resume "
+                                "continues")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        size = run.cfg.micro_batch_size
+        raise SystemExit(f"train.py: out of memory: lower --micro_batch_size (now {size}), or the model's sizes")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
