@@ -5,15 +5,14 @@
     python prepare_data.py tinystories              # or shakespeare; downloaded to data/NAME/ and kept there
     python prepare_data.py notes.md books 'logs/*.jsonl.gz'    # your own text
 
-A document is a file, a line of a .jsonl file (key "text"), or what stands between <|endoftext|> lines in a text
-file. Equal documents are kept once, and each is in train.bin or in val.bin as a whole. The .bin files are raw
+A document is a file, a line of a .jsonl file (key "text"), or what stands between <|endoftext|> lines in a
+text file. Equal documents are kept once, each in train.bin or val.bin as a whole. The .bin files are raw
 little-endian token ids, uint16 (uint32 if the vocabulary is above 65536), with <|endoftext|> after every
 document. The same text gives the same bytes, whatever the machine and its number of cores.
 """
 import argparse
 import base64
 import collections
-import errno
 import glob
 import hashlib
 import heapq
@@ -33,7 +32,6 @@ import urllib.error
 import urllib.request
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,19 +41,19 @@ import tiktoken
 DATA = Path("data")
 EOT = "<|endoftext|>"
 
-# Pre-tokenisation, after tiktoken's cl100k_base: a word with the one sign or blank before it, up to three digits,
-# punctuation. Here punctuation and line ends also take the indentation of the next line, but for the blank that
-# goes with the next word: 8 % fewer tokens on Python code. Contractions need no rule of their own: 't is a sign
-# and a letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
+# Pre-tokenisation, after tiktoken's cl100k_base: words with the one sign or blank before them, digits by
+# three, punctuation. Here punctuation and line ends also take the next line's indentation, but for the blank
+# that goes with the next word: 8 % fewer tokens on Python code. Contractions need no rule: 't is a sign and a
+# letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+(?:\s{1,128}(?!\S))?"
            r"|[\r\n]++(?:\s{1,128}(?!\S))?|\s{1,128}(?!\S)|\s")
 BPE_BYTES = 40_000_000  # a larger corpus trains its BPE on about this much of it
 
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
 DOWNLOADS = {  # source: {URL: bytes, or None for as many as the server announces}
-    "tinystories": {TINYSTORIES + "TinyStories-valid.txt": None, TINYSTORIES + "TinyStories-train.txt": None},
-    "shakespeare": {"https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt":
-                    1_115_394},
+    "tinystories": {TINYSTORIES + "train.txt": None, TINYSTORIES + "valid.txt": None},
+    "shakespeare": {CHAR_RNN + "tinyshakespeare/input.txt": 1_115_394},
 }
 TEXT_FILE = regex.compile(r"(?i)\.(txt|md|py|jsonl)(\.gz|\.xz|\.zst)?$")
 OPENERS = {".gz": ["gzip"], ".xz": ["lzma"], ".zst": ["compression.zstd", "zstandard"]}  # the first there is
@@ -65,7 +63,8 @@ class Phase:
     """One line of progress: the name at once, on a terminal the share done, at the end seconds and a note."""
 
     def __init__(self, name, total=0):
-        self.name, self.total, self.done, self.note = f"{name:<22}", total, 0, ""  # total (0: unknown), done: bytes
+        self.name, self.note = f"{name:<22}", ""
+        self.total, self.done = total, 0  # bytes; a total of 0 is unknown
         self.start = self.shown = time.monotonic()
         print(self.name, end="", flush=True)
 
@@ -85,7 +84,7 @@ class Phase:
 
 
 def download(url, path, size=None):
-    """Download url to path, unless it is there, by way of path.part, which the next call continues. OSError."""
+    """Download url to path, unless it is there, by way of path.part, which the next call continues."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,7 @@ def download(url, path, size=None):
         raise OSError(f"cannot download {url} ({error}): {remedy}") from None
     size = size or phase.total or phase.done
     if phase.done != size:
-        if phase.total != size:  # another file
+        if phase.total != size:  # not the file that was asked for
             part.unlink()
         raise OSError(f"cannot download {url} (got {phase.done} of {size} bytes): {remedy}")
     os.replace(part, path)
@@ -143,11 +142,22 @@ def find_files(source, site_packages):
     return files
 
 
+def open_bytes(path):
+    """Open a plain or compressed file for reading bytes."""
+    for module in OPENERS.get(path.suffix.lower(), ["io"]):
+        try:
+            return importlib.import_module(module).open(path, "rb")
+        except ModuleNotFoundError:
+            pass
+    raise OSError(f"{path.suffix} needs Python 3.14, or pip install {module}")
+
+
 def split_documents(file, path):
     """The documents in an open file, decoded and otherwise as they are."""
     match = TEXT_FILE.search(path.name)
     kind, encoding, document = match[1].lower() if match else "txt", "utf-8-sig", []
     if kind == "py":
+        file = io.BytesIO(file.read())  # not every decompressor can seek
         encoding, _ = tokenize.detect_encoding(file.readline)  # its coding line (PEP 263)
         file.seek(0)
     lines = io.TextIOWrapper(file, encoding, newline="\n")  # this newline leaves \r\n alone
@@ -158,7 +168,7 @@ def split_documents(file, path):
                 yield json.loads(line)["text"].encode("utf-8", "replace").decode()
             except (json.JSONDecodeError, LookupError, TypeError, AttributeError):
                 raise ValueError(f'{path}, line {number}: not a JSON object with a string "text"') from None
-        elif kind == "txt" and line.strip() == EOT:
+        elif kind != "py" and line.strip() == EOT:
             yield "".join(document)
             document = []
         else:
@@ -167,13 +177,9 @@ def split_documents(file, path):
 
 
 def read_documents(path):
-    """The documents of one file but blank ones. Raises UnicodeError if it is not text, ValueError, OSError."""
-    modules = OPENERS.get(path.suffix.lower(), ["io"])
-    available = [name for name in modules if importlib.util.find_spec(name)]
-    if not available:
-        raise OSError(f"{path}: {path.suffix} needs Python 3.14, or pip install {modules[-1]}")
+    """The documents of one file but blank ones. Raises UnicodeError if not text, ValueError, OSError."""
     try:
-        with importlib.import_module(available[0]).open(path, "rb") as file:
+        with open_bytes(path) as file:
             yield from (text for text in split_documents(file, path) if text and not text.isspace())
     except (SyntaxError, LookupError) as error:  # a coding line that no codec understands
         raise UnicodeError(error) from None
@@ -183,20 +189,51 @@ def read_documents(path):
         raise OSError(f"cannot read {path}: {error}") from None
 
 
-@dataclass
 class Corpus:
-    """Where the documents are and which part each belongs to; their text is read again in every pass."""
-    files: list
-    part: np.ndarray  # of every document in reading order: "train", "val", or "" for a duplicate
-    n_bytes: int  # UTF-8, without duplicates
-    skipped: int  # files that are not text
-    val_fraction: float  # of a single document: its end is validation
+    """Which files are text and which part each document belongs to; the text is read again in every pass.
+
+    Files that are not text and repeated documents are left out. Validation is TinyStories-valid.txt if there,
+    else the documents with the lowest hashes: a choice that depends on nothing but the text.
+    """
+
+    def __init__(self, files, val_fraction):
+        """Reads everything once. Raises ValueError if there is nothing to train on."""
+        validation = [path for path in files if path.match("tinystories/TinyStories-valid.txt")]
+        files = list(dict.fromkeys(validation + files))  # first: of equal documents the first stays
+        digests, sizes, n_validation = array("Q"), array("Q"), 0
+        self.files, self.val_fraction = [], val_fraction
+        with Phase("read") as phase:
+            for path in files:
+                start = len(digests)
+                try:
+                    for text in read_documents(path):
+                        data = text.encode()
+                        # 64 bits: two million documents have a false duplicate with odds of 1 in 10 million
+                        digests.append(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
+                        sizes.append(len(data))
+                        phase.advance(len(data))
+                    self.files.append(path)
+                except UnicodeError:
+                    del digests[start:], sizes[start:]
+                if path in validation:
+                    n_validation = len(digests)
+            kept = np.unique(np.array(digests), return_index=True)[1]  # the first of each, lowest hash first
+            phase.note = f"{len(digests)} documents in {len(self.files)} files" + (
+                ": the end of the only one is for validation" if len(kept) == 1 else "")
+        n_val = min(max(1, round(val_fraction * len(kept))), len(kept) - 1)
+        self.part = np.full(len(digests), "", "<U5")  # in reading order; "" is a duplicate
+        self.part[kept] = "train"
+        self.part[kept[kept < n_validation] if n_validation else kept[:max(n_val, 0)]] = "val"
+        self.n_bytes = int(np.array(sizes)[kept].sum())  # UTF-8, without duplicates
+        self.skipped = len(files) - len(self.files)
+        if "train" not in self.part:
+            raise ValueError(f"no text to train on in {len(files)} files, {self.skipped} of them not UTF-8")
 
     def documents(self, wanted):
-        """The texts of one part, "train" or "val", in reading order."""
+        """The texts of one part, "train" or "val", in reading order; val is the end of a single document."""
         single = np.count_nonzero(self.part) == 1
         texts = (text for path in self.files for text in read_documents(path))
-        for part, text in zip(self.part.tolist(), texts, strict=True):  # strict: a file that changes is an error
+        for part, text in zip(self.part.tolist(), texts, strict=True):  # strict: no file may change
             if part and single:
                 cut = len(text) - min(max(1, round(len(text) * self.val_fraction)), len(text) - 1)
                 yield text[:cut] if wanted == "train" else text[cut:]
@@ -204,50 +241,15 @@ class Corpus:
                 yield text
 
 
-def scan(files, val_fraction):
-    """Read everything once, leave out files that are not text and repeated documents, and split the rest.
-
-    Validation is TinyStories-valid.txt if it is there, else the documents with the lowest hashes, which depend on
-    nothing but the text. Raises ValueError if there is nothing to train on.
-    """
-    validation = [path for path in files if path.match("tinystories/TinyStories-valid.txt")]
-    files = list(dict.fromkeys(validation + files))  # of equal documents the first is kept: validation keeps its own
-    digests, sizes, good, n_validation = array("Q"), array("Q"), [], 0
-    with Phase("read") as phase:
-        for path in files:
-            start = len(digests)
-            try:
-                for text in read_documents(path):
-                    data = text.encode()
-                    # 64 bits: two million documents have a false duplicate with odds of 1 in 10 million
-                    digests.append(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
-                    sizes.append(len(data))
-                    phase.advance(len(data))
-                good.append(path)
-            except UnicodeError:
-                del digests[start:], sizes[start:]
-            if path in validation:
-                n_validation = len(digests)
-        kept = np.unique(np.array(digests), return_index=True)[1]  # the first of each, lowest hash first
-        part = np.full(len(digests), "", "<U5")
-        part[kept] = "train"
-        n_val = min(max(1, round(val_fraction * len(kept))), max(len(kept) - 1, 0))
-        part[kept[kept < n_validation] if n_validation else kept[:n_val]] = "val"
-        phase.note = f"{len(digests)} documents in {len(good)} files"
-    if "train" not in part:
-        raise ValueError(f"no text to train on in {len(files)} files, {len(files) - len(good)} of them not UTF-8")
-    return Corpus(good, part, int(np.array(sizes)[kept].sum()), len(files) - len(good), val_fraction)
-
-
 def train_bpe(word_counts, vocab_size):
-    """Byte-pair encoding: {word (str or bytes): count} in the order of first occurrence -> {token bytes: rank}.
+    """Byte-pair encoding: {word: count}, in the order of first occurrence -> {token bytes: rank}.
 
-    Starts from the 256 bytes and merges the most frequent pair of neighbours, of equally frequent ones the first
-    in the text: the tokens of tiktoken's `_educational.bpe_train`, in the same order. A pair that spells a token
-    which is there already is merged without a new rank. Returns fewer ranks when no pair is left.
+    From the 256 bytes on, merges the most frequent pair of neighbours, of equally frequent ones the first in
+    the text: the tokens of tiktoken's `_educational.bpe_train` in the same order. A pair that spells an older
+    token is merged without a new rank. Returns fewer ranks when no pair is left.
     """
-    # All words lie in one array of bytes, a gap around each: tok[p] is the token that starts at byte p, or -1.
-    words = [word.encode() if isinstance(word, str) else word for word in word_counts]
+    # all words in one array of bytes, a gap around each: tok[p] is the token that starts at byte p, or -1
+    words = [word.encode() for word in word_counts]
     gaps = np.cumsum([0] + [len(word) + 1 for word in words])
     tok = np.frombuffer(b" ".join([b"", *words, b""]), np.uint8).astype(np.int64)
     tok[gaps] = -1
@@ -255,7 +257,8 @@ def train_bpe(word_counts, vocab_size):
     previous = np.arange(-1, len(tok) - 1)  # where the token before the one at p starts
     ranks = {bytes([byte]): byte for byte in range(256)}
     tokens = list(ranks)
-    places, heap = {}, []  # {pair: bytes where it came about}, [(-count, first place, pair)]; pair: left<<32 | right
+    places = {}  # pair (left << 32 | right): the bytes where it came about, some of them stale
+    heap = []  # (-count, first place, pair)
 
     def add(where, left, right):
         pairs = (left << 32) + right
@@ -272,18 +275,16 @@ def train_bpe(word_counts, vocab_size):
 
     start = np.flatnonzero((tok[:-1] >= 0) & (tok[1:] >= 0))
     add(start, tok[start], tok[start + 1])
-    while heap and len(ranks) < vocab_size:
-        # Merges take places from other pairs: their counts fall and their first places move back. So an entry is
-        # a bound, and if it does not hold any more its pair goes back with the numbers of now.
+    while heap and heap[0][0] < 0 and len(ranks) < vocab_size:
+        # merges take places from other pairs, so their counts fall and first places move back: an entry is a
+        # bound, and if it does not hold any more its pair goes back with the numbers of now
         entry = heapq.heappop(heap)
         pair = entry[2]
         left, right = divmod(pair, 1 << 32)
         middle, end = len(tokens[left]), len(tokens[left]) + len(tokens[right])
         where = places[pair][tok[places[pair]] == left]
         where = places[pair] = np.sort(where[tok[where + middle] == right])
-        if len(where) == 0:
-            continue
-        now = (-count[where].sum().item(), where[0].item(), pair)
+        now = (-count[where].sum().item(), where.min(initial=len(tok)).item(), pair)
         if now != entry:
             heapq.heappush(heap, now)
             continue
@@ -298,8 +299,7 @@ def train_bpe(word_counts, vocab_size):
         tok[where + middle] = -1
         tok[where] = new
         previous[after] = where
-        before = previous[where]
-        before = before[tok[before] >= 0]
+        before = previous[where][tok[previous[where]] >= 0]
         add(before, tok[before], new)
         # the pair of two new neighbours has just been added, as what stands before the right one
         last = (tok[after] >= 0) & np.append(after[:-1] != where[1:], True)
@@ -308,11 +308,11 @@ def train_bpe(word_counts, vocab_size):
 
 
 def load_tokenizer(ranks_text, pat_str):
-    """The tiktoken.Encoding of the text in a tokenizer.tiktoken; <|endoftext|> is the id after the last rank."""
+    """The tiktoken.Encoding of a tokenizer.tiktoken's text; <|endoftext|> is the id after the last rank."""
     # not by tiktoken.load, which caches by path and could return an older file
     lines = (line.split() for line in ranks_text.splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return tiktoken.Encoding("sgatlin", pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
 def make_tokenizer(kind, corpus, vocab_size):
@@ -322,8 +322,8 @@ def make_tokenizer(kind, corpus, vocab_size):
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            raise OSError(f"cannot get the gpt2 tokenizer ({error}): set TIKTOKEN_CACHE_DIR to a folder that has "
-                          "it, or use --tokenizer bpe") from None
+            raise OSError("cannot get the gpt2 tokenizer: set TIKTOKEN_CACHE_DIR to a folder that has it, "
+                          f"or use --tokenizer bpe ({error})") from None
         pat_str, ranks = gpt2._pat_str, gpt2._mergeable_ranks
     elif kind == "bpe":
         every = max(1, round(corpus.n_bytes / BPE_BYTES))
@@ -336,37 +336,38 @@ def make_tokenizer(kind, corpus, vocab_size):
         with Phase("merge pairs"):
             ranks = train_bpe(counts, vocab_size - 1)
         if len(ranks) < vocab_size - 1:
-            raise ValueError(f"vocab_size {vocab_size} is too large: the text supports at most {len(ranks) + 1}")
+            raise ValueError(f"vocab_size {vocab_size}: the text supports at most {len(ranks) + 1}")
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), pat_str
 
 
-def write_bin(corpus, part, tokenizer, path, dtype):
-    """Encode the documents of one part into a new file; returns their counts for meta.json and its sha256."""
+def write_bin(corpus, part, tokenizer, path, dtype, sha):
+    """Encode the documents of one part into a new file and the hash sha; returns counts for meta.json."""
     eot = np.array([tokenizer.eot_token], np.uint32)
 
     def encode(texts):  # runs in threads: tiktoken lets go of Python's lock
         ids = [ids for text in texts for ids in (tokenizer.encode_to_numpy(text, disallowed_special=()), eot)]
         return np.concatenate(ids).astype(dtype)
 
-    n_docs, n_bytes, n_tokens, sha, texts = 0, 0, 0, hashlib.sha256(), corpus.documents(part)
-    with Phase(f"encode {part}") as phase, open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    counts, texts = collections.Counter(), corpus.documents(part)
+    workers = os.cpu_count()
+    with Phase(f"encode {part}") as phase, open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
         while batch := list(itertools.islice(texts, 512)):
             for ids in pool.map(encode, (batch[i:i + 8] for i in range(0, len(batch), 8))):
                 file.write(ids)
                 sha.update(ids)
-                n_tokens += len(ids)
-            n_docs += len(batch)
-            n_bytes += sum(len(text.encode()) for text in batch)
-            phase.advance(n_bytes - phase.done)
-        phase.note = f"{n_docs} documents, {n_bytes / 1e6:.2f} MB, {n_tokens} tokens"
-    return {f"{part}_tokens": n_tokens, f"{part}_bytes": n_bytes, f"{part}_docs": n_docs}, sha.hexdigest()
+                counts[f"{part}_tokens"] += len(ids)
+            phase.advance(sum(len(text.encode()) for text in batch))
+            counts[f"{part}_docs"] += len(batch)
+        counts[f"{part}_bytes"] = phase.done
+        phase.note = ", ".join(f"{count:,} {name[len(part) + 1:]}" for name, count in counts.items())
+    return counts
 
 
 def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.05, site_packages=False):
     """Make the data set of the sources (as on the command line) in out_dir; returns what meta.json holds.
 
-    vocab_size counts <|endoftext|> and is for bpe alone. The files are made in a folder of their own and renamed
-    at the end, meta.json last: if anything fails before, what was in out_dir stays as it was.
+    vocab_size counts <|endoftext|> and is for bpe alone. The files are made in a folder of their own and
+    renamed at the end, meta.json last: if anything fails before, what was in out_dir stays as it was.
     Raises ValueError or OSError with a message of one line.
     """
     if tokenizer == "bpe" and vocab_size < 257:
@@ -375,32 +376,30 @@ def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.0
         raise ValueError(f"val_fraction {val_fraction}: give a number between 0 and 1")
     if site_packages and "python" not in sources:
         raise ValueError("site_packages goes with the source python")
+    corpus = Corpus([path for source in sources for path in find_files(source, site_packages)], val_fraction)
+    ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
+    encoding = load_tokenizer(ranks_text, pat_str)
+    dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
+    sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
     out_dir = Path(out_dir)
-    try:
-        corpus = scan([path for source in sources for path in find_files(source, site_packages)], val_fraction)
-        ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
-        encoding = load_tokenizer(ranks_text, pat_str)
-        dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as temp:
-            train, train_sha = write_bin(corpus, "train", encoding, Path(temp, "train.bin"), dtype)
-            val, val_sha = write_bin(corpus, "val", encoding, Path(temp, "val.bin"), dtype)
-            content = "\0".join([ranks_text, pat_str, train_sha, val_sha]).encode()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
+        temp = Path(folder)
+        try:
+            counts = write_bin(corpus, "train", encoding, temp / "train.bin", dtype, sha)
+            counts |= write_bin(corpus, "val", encoding, temp / "val.bin", dtype, sha)
             meta = {
                 "source": " ".join(sources) + " --site_packages" * site_packages, "tokenizer": tokenizer,
                 "pat_str": pat_str, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                "dtype": np.dtype(dtype).name, **train, **val, "skipped": corpus.skipped,
-                "duplicates": int(np.count_nonzero(corpus.part == "")),
-                "fingerprint": hashlib.sha256(content).hexdigest()[:16],
+                "dtype": np.dtype(dtype).name, **counts, "skipped": corpus.skipped,
+                "duplicates": int(np.count_nonzero(corpus.part == "")), "fingerprint": sha.hexdigest()[:16],
             }
-            Path(temp, "tokenizer.tiktoken").write_bytes(ranks_text.encode())
-            Path(temp, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
-                os.replace(Path(temp, name), out_dir / name)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(f"the disk is full: make room and run again; {out_dir} is as it was") from None
-        raise
+            (temp / "tokenizer.tiktoken").write_bytes(ranks_text.encode())
+            (temp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        except OSError as error:
+            raise OSError(f"{error.strerror or error}: {out_dir} is as it was") from error
+        for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
+            os.replace(temp / name, out_dir / name)
     return meta
 
 
@@ -413,7 +412,7 @@ def main():
     parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe", help="default: bpe")
     parser.add_argument("--vocab_size", type=int, help="of the bpe, <|endoftext|> included; default: 8192")
     parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="of the documents; default: 0.05")
+    parser.add_argument("--val_fraction", type=float, default=0.05, help="default: 0.05; not for tinystories")
     parser.add_argument("--site_packages", action="store_true", help="python: the installed packages too")
     args = parser.parse_intermixed_args()
     if args.vocab_size is not None and args.tokenizer != "bpe":
@@ -421,6 +420,7 @@ def main():
     sources = args.source or ["python"]
     plain = Path(*itertools.takewhile(lambda name: not glob.has_magic(name), Path(sources[0]).parts))
     out_dir = args.out_dir or DATA / (plain.resolve().name.split(".")[0] or "text")
+    replaces = Path(out_dir, "meta.json").exists()
     vocab_size = 8192 if args.vocab_size is None else args.vocab_size
     try:
         meta = prepare(sources, out_dir, args.tokenizer, vocab_size, args.val_fraction, args.site_packages)
@@ -433,7 +433,7 @@ def main():
     print(f"{n_bytes / n_tokens:.2f} bytes per token, vocabulary {meta['vocab_size']}, "
           f"{meta['skipped']} files skipped (not UTF-8), {meta['duplicates']} duplicates left out")
     flag = "" if Path(out_dir) == DATA / "python" else f" --data_dir={shlex.quote(str(out_dir))}"
-    print(f"wrote {out_dir}; next: python train.py{flag}")
+    print(f"{'replaced' if replaces else 'wrote'} {out_dir}; next: python train.py{flag}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ from prepare_data import load_tokenizer
 def load_model(path: Path, device: str) -> tuple[GPT, tiktoken.Encoding]:
     """The model of a checkpoint, in evaluation mode, and its tokenizer. Raises ValueError if it is not one."""
     state = load_checkpoint(path)
-    fields = GPTConfig.__dataclass_fields__
-    model = GPT(GPTConfig(**{name: value for name, value in state["config"].items() if name in fields}))
-    model.load_state_dict(state["model"])
+    names = GPTConfig.__dataclass_fields__
+    try:
+        model = GPT(GPTConfig(**{name: value for name, value in state["config"].items() if name in names}))
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise ValueError(f"{path} holds another model than its own settings say") from None
     return model.to(device).eval(), load_tokenizer(state["tokenizer"]["ranks"], state["tokenizer"]["pat_str"])
 
 
@@ -58,6 +61,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: 1337)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: torch sees no CUDA device")
     for name, ok, bound in (("num_samples", args.num_samples > 0, "positive"), ("top_k", args.top_k >= 0, "0 or more"),
                             ("max_new_tokens", args.max_new_tokens > 0, "positive"),
                             ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(text, end="", flush=True)
                 count += 1
             print(f"\n[{count} tokens, {count / (time.perf_counter() - start):.0f} tok/s]", flush=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"sample.py: {error}") from None
     except (KeyboardInterrupt, EOFError):
         raise SystemExit(130) from None

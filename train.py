@@ -288,7 +288,7 @@ class Run:
         # The raw model is what is saved and sampled; the wrapped one shares its parameters.
         self.wrapped = torch.compile(self.model) if compiled else self.model
         if dist.is_initialized():
-            self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(self.wrapped, gradient_as_bucket_view=True)
         self.path, self.log = Path(cfg.out_dir, "ckpt.pt"), Path(cfg.out_dir, "log.jsonl")
 
     def flops_per_step(self) -> int:
@@ -321,11 +321,13 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         mine = self.data.train_batch(self.step).reshape(world, -1)[self.processes.rank]
         loss = self.backward(mine)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
-        loss, norm, stop = self.processes.sum(loss / world, norm / world, stop)
+        total_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        loss, norm, stop = self.processes.sum(loss / world, total_norm / world, stop)
         if not math.isfinite(loss + norm):
             raise SystemExit(f"step {self.step}: the loss is {loss}, the gradient norm {norm}. "
                              f"{self.path} holds the last good state; a lower --learning_rate may help")
+        if cfg.grad_clip and norm > cfg.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.grad_clip, total_norm)
         self.optimizer.step()
         self.step, self.loss = self.step + 1, loss
         return loss, norm, stop > 0
@@ -516,15 +518,16 @@ def main(argv: list[str] | None = None) -> None:
         if train(run, resumed="resume" in given):
             finish(run)
         else:
-            run.processes.print(f"stopped at step {run.step}; python train.py --out_dir={run.cfg.out_dir} --resume "
-                                "continues")
+            run.processes.print(f"stopped and saved at step {run.step}; to continue: "
+                                f"python train.py --out_dir={run.cfg.out_dir} --resume")
+            raise SystemExit(130)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
             raise
-        size = run.cfg.micro_batch_size
-        raise SystemExit(f"train.py: out of memory: lower --micro_batch_size (now {size}), or the model's sizes")
+        raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the sizes of the "
+                         "model") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
