@@ -61,8 +61,8 @@ def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """The pairs sorted by row: what the gradient of a table needs. One sort serves all tables of a layer.
 
     Args: index (N, J) int32, the row of each pair; n_rows R.
-    Returns: order (P,) int32, the pair numbers n*J + j by row, then by token; offsets (R+1,) int32: the pairs
-    of row r are order[offsets[r]:offsets[r+1]].
+    Returns: order (P,) int32, the pair numbers n*J + j by row, then by token; offsets (R+1,) int32: the
+    pairs of row r are order[offsets[r]:offsets[r+1]].
     """
     rows = index.flatten()
     if n_rows < 2**15 and index.device.type == "cpu":
@@ -88,7 +88,8 @@ def _gather_dot(x: Tensor, weight: Tensor, index: Tensor,
 def _gather_sum(coef: Tensor, weight: Tensor, index: Tensor,
                 order: Optional[Tensor], offsets: Optional[Tensor]) -> Tensor:
     dtype, wide = _dtypes(coef, weight)
-    return F.embedding_bag(index, weight.to(wide), mode="sum", per_sample_weights=coef.to(wide).contiguous()).to(dtype)
+    coef = coef.to(wide).contiguous()
+    return F.embedding_bag(index, weight.to(wide), mode="sum", per_sample_weights=coef).to(dtype)
 
 
 @torch.library.custom_op("sgatlin::table_grad", mutates_args=())
@@ -104,7 +105,7 @@ def _product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     first, second = scores.gather(-1, top).unbind(-2)           # (N, C, k) each
     a, b = top.to(torch.int32).unbind(-2)
     a = a * scores.shape[-1]
-    # The pair of ranks (i, j) loses to the (i+1)*(j+1) - 1 pairs above it: only these can be among the k best.
+    # The pair of ranks (i, j) loses to (i+1)*(j+1) - 1 pairs above it: only these can be among the k best.
     pairs = [(slice(i, i + 1), slice(k // (i + 1))) for i in range(k)]
     sums = torch.cat([first[..., i] + second[..., j] for i, j in pairs], dim=-1)
     ids = torch.cat([a[..., i] + b[..., j] for i, j in pairs], dim=-1)
@@ -126,7 +127,7 @@ def _dtypes(a: Tensor, b: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _descending(values: Tensor, k: int) -> Tensor:
-    """Positions (..., k) int64 of the k largest of the last dimension, in order; ties to the lower position."""
+    """Positions (..., k) int64 of the k largest of the last dimension, in order; ties: the lower position."""
     if values.device.type != "cpu" or values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # numpy's vectorised integer sort is faster than torch.topk on short rows. Sort 64-bit keys that hold the
@@ -255,17 +256,18 @@ def backend(device: str) -> tuple[str, str]:
 # -----------------------------------------------------------------------------------------------------------
 # python kernels.py
 
-def random_layer(N: int, D: int, C: int, n: int, k: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of one layer as the router would make them: x, gates, index, two tables, scores, and dy."""
-    def unit(*shape, scale=1.0):
-        return torch.randn(shape, device=device).mul_(scale).to(dtype)
+def normal(*shape: int, std: float = 1.0, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device).mul_(std).to(dtype)
 
-    E = n * n
-    scores = unit(N, C, 2, n)
+
+def random_layer(N: int, D: int, C: int, n: int, k: int, **kind) -> dict[str, Tensor]:
+    """Inputs of one layer as at initialisation: scores, gates, index, x, the two tables, and dy."""
+    R = C * n * n
+    scores = normal(N, C, 2, n, **kind)
     gates, ids = product_topk(scores, k)
-    index = (ids + torch.arange(0, C * E, E, dtype=torch.int32, device=device)[:, None]).flatten(1)
-    return dict(x=unit(N, D), gates=gates.flatten(1), index=index, w_in=unit(C * E, D, scale=E ** -0.5),
-                w_out=unit(C * E, D, scale=E ** -0.5), scores=scores, dy=unit(N, D))
+    index = (ids + torch.arange(0, R, n * n, dtype=torch.int32, device=ids.device)[:, None]).flatten(1)
+    return dict(scores=scores, gates=gates.flatten(1), index=index, x=normal(N, D, **kind),
+                w_in=normal(R, D, std=1 / n, **kind), w_out=normal(R, D, std=1 / n, **kind), dy=normal(N, D, **kind))
 
 
 def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
@@ -287,24 +289,25 @@ def gradients(fn: Callable, dy: Tensor, *inputs: Tensor) -> list[Tensor]:
 def check(device: str, dtype: torch.dtype) -> None:
     """Prints the relative error of the layer and its gradients against the reference in float64."""
     for N, D, C, n, k in ((1, 16, 1, 3, 2), (57, 80, 2, 11, 8), (300, 128, 4, 16, 8)):
-        t = random_layer(N, D, C, n, k, device, dtype)
+        t = random_layer(N, D, C, n, k, device=device, dtype=dtype)
         operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
         ours = gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands)
-        truth = gradients(lambda *a: layer_reference(*a, t["index"]), t["dy"].double(), *(o.double() for o in operands))
+        truth = gradients(lambda *a: layer_reference(*a, t["index"]), t["dy"].double(),
+                          *(o.double() for o in operands))
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth)]
         gates, ids = product_topk(t["scores"], k)
-        expected, _ = product_topk_reference(t["scores"], k)
-        pairs = t["scores"][..., 0, :].gather(-1, ids.long() // n) + t["scores"][..., 1, :].gather(-1, ids.long() % n)
-        exact = torch.equal(gates, expected) and torch.equal(gates, pairs)
+        sums = t["scores"].gather(-1, torch.stack((ids // n, ids % n), dim=-2).long()).unbind(-2)
+        exact = torch.equal(gates, product_topk_reference(t["scores"], k)[0]) and torch.equal(gates, sum(sums))
+        names = ("y", "dx", "dgates", "dw_in", "dw_out")
         print(f"  N={N:<4} D={D:<4} C={C} n={n:<3} k={k}  relative error: "
-              + "  ".join(f"{name} {e:.0e}" for name, e in zip(("y", "dx", "dgates", "dw_in", "dw_out"), errors))
+              + "  ".join(f"{name} {error:.0e}" for name, error in zip(names, errors))
               + f"  top-k {'exact' if exact else 'WRONG'}")
         if max(errors) > (1e-2 if dtype == torch.bfloat16 else 1e-6) or not exact:
             raise SystemExit("kernels: an implementation disagrees with the reference")
 
 
 def median_ms(fn: Callable, device: str, budget: float = 2.0) -> float:
-    """Median wall time of fn in milliseconds over about `budget` seconds, at least 3 runs after 1 warm-up."""
+    """Median wall time of fn in ms over about `budget` seconds, of at least 3 runs after a warm-up."""
     times = []
     while len(times) < 4 or sum(times) < budget and len(times) < 50:
         start = time.perf_counter()
@@ -330,11 +333,12 @@ def peak_bytes(fn: Callable, device: str) -> int:
 
 def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.dtype) -> None:
     """Prints the table of one shape: the layer behind its router, and what it is to be compared with."""
-    t = random_layer(N, D, C, n, k, device, dtype)
+    kind = dict(device=device, dtype=dtype)
+    t = random_layer(N, D, C, n, k, **kind)
     R, J = len(t["w_in"]), t["index"].shape[1]
     operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    wide = [torch.randn(shape, device=device).mul_(shape[1] ** -0.5).to(dtype) for shape in ((4 * D, D), (D, 4 * D))]
-    gated = [torch.randn(shape, device=device).mul_(shape[1] ** -0.5).to(dtype) for shape in ((8 * D, D), (D, 4 * D))]
+    up, gated_up = (normal(width * D, D, std=D ** -0.5, **kind) for width in (4, 8))
+    down = normal(D, 4 * D, std=(4 * D) ** -0.5, **kind)
 
     def mlp(x, up, down):
         return F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
@@ -343,13 +347,15 @@ def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.
         a, b = F.linear(x, up).chunk(2, dim=-1)
         return F.linear(F.silu(a) * b, down)
 
-    rows = {"reference gather": (layer_reference, operands, [t["index"]]), backend(device)[0]: (layer, operands, [t["index"]]),
-            f"GELU MLP {4 * D}": (mlp, [t["x"], *wide], []), f"SwiGLU {4 * D}": (swiglu, [t["x"], *gated], [])}
+    rows = {"reference gather": (layer_reference, operands, [t["index"]]),
+            backend(device)[0]: (layer, operands, [t["index"]]),
+            f"GELU MLP {4 * D}": (mlp, [t["x"], up, down], []),
+            f"SwiGLU {4 * D}": (swiglu, [t["x"], gated_up, down], [])}
     item = t["x"].element_size()
     source, target = torch.ones(2, 2**26 // item, device=device, dtype=dtype)
     copy = 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
-    print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(dtype)[6:]}; {R} rows of {D * item} bytes, {N * J} gathered twice a "
-          f"pass;\ncopy bandwidth {copy:.0f} GB/s; the bound on extra memory is {4e-6 * (N * J + 4 * N * D + 4 * R * D):.0f} MB")
+    print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(dtype)[6:]}: {R} rows of {D * item} bytes, forward gathers "
+          f"2 x {N * J} of them; copying runs at {copy:.1f} GB/s")
     print(f"{'':20}{'forward':>10}{'+backward':>11}{'speed':>9}{'extra':>9}{'rows':>10}{'of copy':>9}\n"
           f"{'':20}{'ms':>10}{'ms':>11}{'':>9}{'MB':>9}{'GB/s':>10}")
     slowest = None
@@ -361,7 +367,8 @@ def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.
             forward = median_ms(lambda: fn(*inputs, *rest), device)
         total = median_ms(both, device)
         slowest = slowest or total
-        line = f"{name:20}{forward:10.1f}{total:11.1f}{slowest / total:8.1f}x{peak_bytes(both, device) / 1e6:9.0f}"
+        extra = peak_bytes(both, device) / 1e6
+        line = f"{name:20}{forward:10.1f}{total:11.1f}{slowest / total:8.1f}x{extra:9.0f}"
         if rest:
             gathered = 2 * N * J * D * item / forward / 1e6
             line += f"{gathered:10.1f}{gathered / copy:9.0%}"
@@ -373,11 +380,10 @@ def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check every implementation of the kernels, then time them.")
-    parser.parse_args()
+    argparse.ArgumentParser(description="Check the kernels against the reference, then time them.").parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, reason = backend(device)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; kernels: {name} ({reason})")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; kernels: {name}, {reason}")
     for dtype in (torch.float32, torch.bfloat16):
         print(f"{name} against the reference in float64, {str(dtype)[6:]}:")
         check(device, dtype)

@@ -1,6 +1,6 @@
 """A GPT whose feedforward layers are sparsely gated tiny linear experts (sgatlin, arXiv 2606.07414).
 
-Every channel c has its own pool of E linear neurons. A router gives each token k of them, with signed scores g:
+Every channel c has its own pool of E linear neurons. A router gives each token k of them, with scores g:
 
     y = sum_c sum_j  g_cj * <w_in[c, i_cj], x> * w_out[c, i_cj]
 
@@ -8,8 +8,8 @@ There is no nonlinearity and no softmax: given the gates the layer is linear in 
 from the gates alone. The four baselines of the paper (peer, moe, swiglu, mlp) stand beside it. Semantics,
 initialisation and FLOP counts follow the paper's JAX code; test_model.py holds them to its numbers.
 
-The output of a Router is (gates, ids). A forward hook on it records the routing, and a hook that returns other
-gates intervenes on it.
+The output of a Router is (gates, ids). A forward hook on it records the routing, and a hook that returns
+other gates intervenes on it.
 
 Letters: B batch, T time, N = B*T tokens, V vocabulary, L layers, D d_model, H heads, Dh d_head,
 C channels, E neurons per channel, n = sqrt(E) sub-keys, k top_k, K d_key, F d_ff.
@@ -37,9 +37,9 @@ class GPTConfig:
     d_head: int = 64          # width of an attention head; even
     ffn: Literal["sgatlin", "peer", "moe", "swiglu", "mlp"] = "sgatlin"  # the feedforward layer
     d_ff: int = 0             # hidden width of mlp, swiglu and each expert of moe; 0: 4 * d_model
-    n_experts: int = 0        # neurons per channel (sgatlin), in the pool (peer), experts (moe); 0: 1024, moe 8
+    n_experts: int = 0        # neurons per channel (sgatlin), in all (peer), experts (moe); 0: 1024, moe 8
     n_channels: int = 8       # independent choices of top_k per token; sgatlin, peer
-    top_k: int = 0            # neurons per token and channel (sgatlin, peer), experts per token (moe); 0: 8, moe 2
+    top_k: int = 0            # neurons per token and channel, or experts per token (moe); 0: 8, moe 2
     d_key: int = 128          # width of the router's queries and keys
     router: Literal["product_dense", "product_key", "dense", "key"] = "product_dense"  # sgatlin; see Router
     activation: Literal["identity", "gelu", "relu", "swish"] = "identity"  # after the gate; sgatlin
@@ -49,10 +49,9 @@ class GPTConfig:
         self.d_ff = self.d_ff or 4 * self.d_model
         self.n_experts = self.n_experts or (8 if moe else 1024)
         self.top_k = self.top_k or (2 if moe else 8)
-        for name in ("vocab_size", "block_size", "n_layer", "d_model", "d_head", "d_ff", "n_experts", "n_channels",
-                     "top_k", "d_key"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name, value in vars(self).items():
+            if name in GPTConfig.__annotations__ and isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}={value} must be positive")
         for name, choices in (("ffn", FFN), ("router", ROUTERS), ("activation", ACTIVATION)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -65,8 +64,9 @@ class GPTConfig:
                 raise ValueError(f"n_experts={self.n_experts} must be a square for product keys: "
                                  f"take {n * n} or {(n + 1) ** 2}")
             if self.top_k >= (n if product else self.n_experts):
-                raise ValueError(f"top_k={self.top_k} must be less than the {n if product else self.n_experts} "
-                                 f"{'sub-' * product}keys of n_experts={self.n_experts}: lower top_k")
+                keys = f"{n} sub-keys" if product else f"{self.n_experts} keys"
+                raise ValueError(f"top_k={self.top_k} must be less than the {keys} of "
+                                 f"n_experts={self.n_experts}: lower top_k")
         if moe and self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
 
@@ -125,7 +125,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, H, T, Dh) by rope (2, T, Dh/2), cosines and sines; halves, not pairs."""
+    """Rotary position embedding of x (B, H, T, Dh) by rope (2, T, Dh/2), cosines and sines; by halves."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)                                   # (B, H, T, Dh/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -228,7 +228,8 @@ class Router(nn.Module):
         return self.query.flops() + 2 * self.keys.numel()
 
 
-def selected_neurons(x: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def selected_neurons(x: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor,
+                     act: Callable[[Tensor], Tensor]) -> Tensor:
     """y[n] = sum_j a[n, j] * w_out[ids[n, j]], a = act(u), u[n, j] = <w_in[ids[n, j]], x[n]>.
 
     x (N, D), ids (N, J) int32, tables (R, D), act (N, J) -> (N, J); returns (N, D).
@@ -270,7 +271,7 @@ class SparselyGatedLinear(nn.Module):
 
 
 class PEER(nn.Module):
-    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj] (arXiv 2407.04153): one pool for all heads."""
+    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (arXiv 2407.04153)."""
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -292,7 +293,7 @@ class PEER(nn.Module):
 
 
 def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The gated unit of GPT-OSS: (..., D), (2F, D), (2F,), (D, F), (D,) -> (..., D). Gate first, then linear part."""
+    """The gated unit of GPT-OSS: (..., D), (2F, D), (2F,), (D, F), (D,) -> (..., D); in w1 the gate is first."""
     gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)         # (..., F) each
     gate, linear = gate.clamp(max=7), linear.clamp(-7, 7)
     return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
@@ -392,8 +393,8 @@ class GPT(nn.Module):
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """idx (B, T) int64 -> logits (B, T, V) float32, mean cross-entropy in nats (None without targets).
 
-        targets (B, T): the next tokens; positions with -100 do not count. cache: the tokens before idx; idx is
-        added to it. Raises ValueError when T, or T and the cache, exceed block_size.
+        targets (B, T): the next tokens; positions with -100 do not count. cache: the tokens before idx, to
+        which idx is added. Raises ValueError when T, or T and the cache, exceed block_size.
         """
         start = 0 if cache is None else len(cache)
         end = start + idx.shape[1]
@@ -411,12 +412,13 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, vocab_size: int = 0, generator: torch.Generator | None = None) -> Iterator[int]:
+                 top_p: float = 1.0, vocab_size: int = 0,
+                 generator: torch.Generator | None = None) -> Iterator[int]:
         """Yields token ids that continue `tokens`, one at a time.
 
-        temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution first;
-        vocab_size (0: off) excludes ids from there on, the padding of a vocabulary. A full context starts
-        again from its last half, so positions stay within what the model was trained on.
+        temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution;
+        vocab_size (0: off) excludes the ids from there on, the padding of a vocabulary. When the context is
+        full it starts again from its last half, so positions stay within what the model was trained on.
         """
         device, T = self.embedding.weight.device, self.cfg.block_size
         tokens = list(tokens[-T:])
@@ -432,7 +434,7 @@ class GPT(nn.Module):
             yield token
 
     def num_params(self) -> tuple[int, int]:
-        """Total, and active per token: without the neurons or experts that a token's router did not choose."""
+        """Total, and active per token: without the neurons or experts that the router does not choose."""
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for block in self.blocks:
@@ -455,7 +457,8 @@ class GPT(nn.Module):
         return T * sum(block.attn.flops(T) + block.ffn.flops() for block in self.blocks)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> int:
     """One token id from logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
@@ -482,7 +485,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU. Runs no code from the file. Raises ValueError if it is not one."""
+    """What save_checkpoint wrote, on the CPU; runs no code from the file. Raises ValueError for other files."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "config", "tokenizer"} <= state.keys():

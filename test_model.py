@@ -327,7 +327,7 @@ def test_initialisation_has_the_variances_of_the_paper(ffn, tensor, std, largest
 
 def layer_tensors(N=7, D=48, C=2, n=5, k=3, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    return kernels.random_layer(N, D, C, n, k, "cpu", dtype)
+    return kernels.random_layer(N, D, C, n, k, device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
