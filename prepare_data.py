@@ -43,8 +43,8 @@ EOT = "<|endoftext|>"
 
 # Pre-tokenisation, after tiktoken's cl100k_base: words with the one sign or blank before them, digits by
 # three, punctuation. Here punctuation and line ends also take the next line's indentation, but for the blank
-# that goes with the next word: 8 % fewer tokens on Python code. Contractions need no rule: 't is a sign and a
-# letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
+# that goes with the next word: 8 % fewer tokens on Python code. Contractions need no rule: 't is a sign and
+# a letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+(?:\s{1,128}(?!\S))?"
            r"|[\r\n]++(?:\s{1,128}(?!\S))?|\s{1,128}(?!\S)|\s")
 BPE_BYTES = 40_000_000  # a larger corpus trains its BPE on about this much of it
@@ -60,7 +60,7 @@ OPENERS = {".gz": ["gzip"], ".xz": ["lzma"], ".zst": ["compression.zstd", "zstan
 
 
 class Phase:
-    """One line of progress: the name at once, on a terminal the share done, at the end seconds and a note."""
+    """A line of progress: the name at once, on a terminal the share done, at the end seconds and a note."""
 
     def __init__(self, name, total=0):
         self.name, self.note = f"{name:<22}", ""
@@ -117,7 +117,8 @@ def download(url, path, size=None):
 def walk(folder):
     """The text files below folder, sorted, without those in hidden folders or of installed packages."""
     for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ("site-packages", "dist-packages"))
+        folders[:] = sorted(name for name in folders
+                            if name[0] != "." and name not in ("site-packages", "dist-packages"))
         yield from (Path(parent, name) for name in sorted(names) if TEXT_FILE.search(name))
 
 
@@ -192,8 +193,8 @@ def read_documents(path):
 class Corpus:
     """Which files are text and which part each document belongs to; the text is read again in every pass.
 
-    Files that are not text and repeated documents are left out. Validation is TinyStories-valid.txt if there,
-    else the documents with the lowest hashes: a choice that depends on nothing but the text.
+    Files that are not text and repeated documents are left out. Validation is TinyStories-valid.txt if it is
+    there, else the documents with the lowest hashes: a choice that depends on nothing but the text.
     """
 
     def __init__(self, files, val_fraction):
@@ -241,11 +242,18 @@ class Corpus:
                 yield text
 
 
+def every_second(where, step):
+    """Of every run of places that are `step` apart the first, the third and so on: those do not overlap."""
+    index = np.arange(len(where))
+    run = np.maximum.accumulate(np.where(np.diff(where, prepend=-step - 1) == step, 0, index))
+    return where[(index - run) % 2 == 0]
+
+
 def train_bpe(word_counts, vocab_size):
     """Byte-pair encoding: {word: count}, in the order of first occurrence -> {token bytes: rank}.
 
     From the 256 bytes on, merges the most frequent pair of neighbours, of equally frequent ones the first in
-    the text: the tokens of tiktoken's `_educational.bpe_train` in the same order. A pair that spells an older
+    the text: the tokens of tiktoken's `_educational.bpe_train`, in the same order. A pair that spells an old
     token is merged without a new rank. Returns fewer ranks when no pair is left.
     """
     # all words in one array of bytes, a gap around each: tok[p] is the token that starts at byte p, or -1
@@ -288,10 +296,8 @@ def train_bpe(word_counts, vocab_size):
         if now != entry:
             heapq.heappush(heap, now)
             continue
-        if left == right:  # of a run, every second place
-            index = np.arange(len(where))
-            run = np.maximum.accumulate(np.where(np.diff(where, prepend=-end) == middle, 0, index))
-            where = where[(index - run) % 2 == 0]
+        if left == right:
+            where = every_second(where, middle)
         token = tokens[left] + tokens[right]
         new = ranks.setdefault(token, len(ranks))
         tokens += [token][:len(ranks) - len(tokens)]
@@ -312,7 +318,8 @@ def load_tokenizer(ranks_text, pat_str):
     # not by tiktoken.load, which caches by path and could return an older file
     lines = (line.split() for line in ranks_text.splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    special = {EOT: len(ranks)}
+    return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def make_tokenizer(kind, corpus, vocab_size):
@@ -345,8 +352,8 @@ def write_bin(corpus, part, tokenizer, path, dtype, sha):
     eot = np.array([tokenizer.eot_token], np.uint32)
 
     def encode(texts):  # runs in threads: tiktoken lets go of Python's lock
-        ids = [ids for text in texts for ids in (tokenizer.encode_to_numpy(text, disallowed_special=()), eot)]
-        return np.concatenate(ids).astype(dtype)
+        ids = (tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts)
+        return np.concatenate([part for document in ids for part in (document, eot)]).astype(dtype)
 
     counts, texts = collections.Counter(), corpus.documents(part)
     workers = os.cpu_count()
@@ -407,12 +414,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"prepare_data: {message} (--help lists the options)\n")
-    parser.add_argument("source", nargs="*", help="python (the default), tinystories, shakespeare, or files, "
-                        "folders and globs of .txt, .md, .py and .jsonl, plain or .gz, .xz, .zst")
+    parser.add_argument("source", nargs="*", help="python (the default), tinystories, shakespeare, or "
+                        "files, folders and globs of .txt, .md, .py and .jsonl, plain or .gz, .xz, .zst")
     parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe", help="default: bpe")
     parser.add_argument("--vocab_size", type=int, help="of the bpe, <|endoftext|> included; default: 8192")
     parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="default: 0.05; not for tinystories")
+    parser.add_argument("--val_fraction", type=float, default=0.05,
+                        help="default: 0.05; not for tinystories")
     parser.add_argument("--site_packages", action="store_true", help="python: the installed packages too")
     args = parser.parse_intermixed_args()
     if args.vocab_size is not None and args.tokenizer != "bpe":

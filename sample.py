@@ -1,9 +1,9 @@
 """Continue a prompt with a model that train.py made.
 
     python sample.py --prompt "def "
-    python sample.py --prompt FILE:start.txt --temperature 0        # the prompt is a file; greedy
+    python sample.py --prompt FILE:start.txt --temperature 0     # the prompt is a file; greedy
     python sample.py --num_samples 3 --top_k 50 --seed 1
-    python sample.py                                                # asks for a prompt, if there is a terminal
+    python sample.py                                             # asks for a prompt, if there is a terminal
 
 An empty prompt stands for the start of a document. A sample ends at <|endoftext|> or after max_new_tokens. The
 tokenizer comes with the checkpoint.
