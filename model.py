@@ -293,7 +293,7 @@ class PEER(nn.Module):
 
 
 def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The gated unit of GPT-OSS: (..., D), (2F, D), (2F,), (D, F), (D,) -> (..., D); in w1 the gate is first."""
+    """GPT-OSS's gated unit: (..., D), (2F, D), (2F,), (D, F), (D,) -> (..., D); in w1 the gate is first."""
     gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)         # (..., F) each
     gate, linear = gate.clamp(max=7), linear.clamp(-7, 7)
     return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
@@ -485,7 +485,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU; runs no code from the file. Raises ValueError for other files."""
+    """What save_checkpoint wrote, on the CPU; no code from the file runs. Raises ValueError for others."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "config", "tokenizer"} <= state.keys():

@@ -313,10 +313,10 @@ def train_bpe(word_counts, vocab_size):
     return ranks
 
 
-def load_tokenizer(ranks_text, pat_str):
+def load_tokenizer(ranks, pat_str):
     """The tiktoken.Encoding of a tokenizer.tiktoken's text; <|endoftext|> is the id after the last rank."""
     # not by tiktoken.load, which caches by path and could return an older file
-    lines = (line.split() for line in ranks_text.splitlines())
+    lines = (line.split() for line in ranks.splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {EOT: len(ranks)}
     return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)

@@ -5,8 +5,8 @@
     python sample.py --num_samples 3 --top_k 50 --seed 1
     python sample.py                                             # asks for a prompt, if there is a terminal
 
-An empty prompt stands for the start of a document. A sample ends at <|endoftext|> or after max_new_tokens. The
-tokenizer comes with the checkpoint.
+An empty prompt stands for the start of a document. A sample ends at <|endoftext|> or after max_new_tokens.
+The tokenizer comes with the checkpoint.
 """
 import argparse
 import codecs
@@ -23,7 +23,7 @@ from prepare_data import load_tokenizer
 
 
 def load_model(path: Path, device: str) -> tuple[GPT, tiktoken.Encoding]:
-    """The model of a checkpoint, in evaluation mode, and its tokenizer. Raises ValueError if it is not one."""
+    """The model of a checkpoint, and its tokenizer. Raises ValueError if the file is not a checkpoint."""
     state = load_checkpoint(path)
     names = GPTConfig.__dataclass_fields__
     try:
@@ -31,10 +31,11 @@ def load_model(path: Path, device: str) -> tuple[GPT, tiktoken.Encoding]:
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise ValueError(f"{path} holds another model than its own settings say") from None
-    return model.to(device).eval(), load_tokenizer(state["tokenizer"]["ranks"], state["tokenizer"]["pat_str"])
+    return model.to(device).eval(), load_tokenizer(**state["tokenizer"])
 
 
-def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int, **settings) -> Iterator[str]:
+def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int,
+           **settings) -> Iterator[str]:
     """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
 
     A string is empty while a token ends within a character; bytes that are no UTF-8 become U+FFFD.

@@ -1,15 +1,15 @@
 """Train a GPT on a folder made by prepare_data.py (made here, if it is the default one and not there).
 
     python train.py                                    # a laptop or one GPU; --help lists every setting
-    python train.py --ffn=swiglu --scale=2 --flops=1e15    # a model of the paper's ladder, a budget of compute
+    python train.py --ffn=swiglu --scale=2 --flops=1e15   # a model of the paper's ladder, a budget of compute
     torchrun --nproc_per_node=8 train.py               # eight GPUs; on CPUs add --device=cpu
     python train.py --resume                           # continue after Ctrl-C, a kill or a crash
 
-Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, the tokenizer) and log.jsonl (the
-settings, then one object per logged step and per evaluation).
+Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, the tokenizer) and log.jsonl
+(the settings, then one object per logged step and per evaluation).
 
-The batch of step s is a function of (seed, s) alone: it does not depend on the number of processes, on how the
-batch is cut into micro-batches, on evaluations or on interruptions.
+The batch of step s is a function of (seed, s) alone: it does not depend on the number of processes, on how
+the batch is cut into micro-batches, on evaluations or on interruptions.
 """
 import argparse
 import contextlib
@@ -46,7 +46,7 @@ from sample import stream
 @dataclass
 class TrainConfig(GPTConfig):
     vocab_size: int = 8192          # rows of the embedding; unless given, as many as the tokenizer has
-    scale: int = 0                  # 1, 2, ...: take the model's sizes that are not given from the paper's ladder
+    scale: int = 0                  # 1, 2, ...: take the sizes that are not given from the paper's ladder
     data_dir: str = "data/python"   # folder made by prepare_data.py
     out_dir: str = "out"            # folder for the checkpoint and the log
     resume: bool = False            # continue the run in out_dir
@@ -65,27 +65,30 @@ class TrainConfig(GPTConfig):
     log_interval: int = 10          # steps between log lines
     seed: int = 1337                # of the initialisation and of the order of the data
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
-    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of the matmuls; auto: bfloat16 on a GPU with it
+    dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 on GPUs
     compile: bool = True            # run the model through torch.compile
+    fused: bool = True              # AdamW as one kernel
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences", "log_interval",
-                     "learning_rate"):
+        for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences",
+                     "log_interval", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         for name in ("scale", "flops", "weight_decay", "warmup_steps", "grad_clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be less than 2**63")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
 
 
 # The defaults above are the gpu preset: the model, optimizer and schedule of the paper's TinyStories study.
-CPU_PRESET = dict(block_size=256, d_model=128, n_layer=4, batch_size=16, micro_batch_size=16, steps=500,
-                  warmup_steps=50, learning_rate=3e-3, eval_interval=100, eval_sequences=64, compile=False)
+CPU_PRESET = dict(block_size=256, d_model=128, batch_size=8, micro_batch_size=8, steps=1100, warmup_steps=50,
+                  learning_rate=6e-3, eval_interval=100, eval_sequences=64, compile=False)
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
-             "log_interval", "device", "dtype", "compile"}     # settings that may change when a run goes on
+             "log_interval", "device", "dtype", "compile", "fused"}  # what may change in a resumed run
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -98,7 +101,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
     """The parser, and the settings that the command line gives."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     comments = {}
     for cls in (GPTConfig, TrainConfig):
         comments |= dict(re.findall(r"^    (\w+): .*?  # ?(.*)$", inspect.getsource(cls), re.M))
@@ -116,23 +120,29 @@ def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
 
 def make_config(given: dict, device: str) -> TrainConfig:
     """The preset of the device, under the ladder's sizes if a scale is given, under the settings given."""
+    if given.get("resume") and given.get("overwrite"):
+        raise ValueError("--resume continues the run in out_dir, --overwrite drops it: give one")
     if "steps" in given and given.get("flops"):
-        raise ValueError(f"--steps={given['steps']} and --flops={given['flops']:g} both set the steps: give one")
+        raise ValueError(f"--steps={given['steps']} and --flops={given['flops']:g} both set the steps: "
+                         "give one")
     preset = CPU_PRESET if device == "cpu" else {}
     ladder = {}
     if given.get("scale"):
         ladder = dataclasses.asdict(GPTConfig.ladder(given.get("ffn", GPTConfig.ffn), given["scale"]))
-        ladder = {name: ladder[name] for name in ("d_model", "d_head", "n_layer", "d_ff", "n_experts", "n_channels",
-                                                  "top_k", "d_key")}
+        ladder = {name: ladder[name] for name in ("d_model", "d_head", "n_layer", "d_ff", "n_experts",
+                                                  "n_channels", "top_k", "d_key")}
     return TrainConfig(**(preset | ladder | given))
 
 
 def resume_config(given: dict, saved: dict) -> TrainConfig:
     """The settings of the checkpoint with those given that may change. Raises ValueError for the others."""
+    if unknown := saved.keys() - TrainConfig.__dataclass_fields__.keys():
+        raise ValueError("the checkpoint is of a train.py with other settings: " + ", ".join(sorted(unknown)))
+    saved = dataclasses.asdict(TrainConfig()) | saved   # a setting newer than the checkpoint has its default
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
-            raise ValueError(f"--{name}={value} contradicts the checkpoint, which has {saved[name]}: drop it, or "
-                             "train anew with another --out_dir")
+            raise ValueError(f"--{name}={value} contradicts the checkpoint, which has {saved[name]}: drop "
+                             "it, or train anew with another --out_dir")
     return TrainConfig(**(saved | given))
 
 
@@ -144,8 +154,9 @@ class Processes:
 
     def __init__(self, device: str):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+        self.device = torch.device(device)
         if device == "cuda":
+            self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -156,6 +167,10 @@ class Processes:
         if dist.is_initialized():
             dist.all_reduce(total)
         return total.tolist()
+
+    def stop(self, message: str) -> typing.NoReturn:
+        """Ends the run with one message. All processes must call it."""
+        raise SystemExit(message if self.rank == 0 else 1)
 
     def print(self, *text: str) -> None:
         if self.rank == 0:
@@ -170,30 +185,37 @@ class Data:
         remedy = f"python prepare_data.py --help tells how to make {cfg.data_dir}"
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.tokenizer = {"ranks": (self.folder / "tokenizer.tiktoken").read_text(), "pat_str": self.meta["pat_str"]}
-            for part in ("train", "val"):
-                size, item = (self.folder / f"{part}.bin").stat().st_size, np.dtype(self.meta["dtype"]).itemsize
-                wanted = self.meta[f"{part}_tokens"] * item
-                if size != wanted:
-                    raise ValueError(f"{self.folder / part}.bin has {size} bytes, not the {wanted} of meta.json: "
-                                     "prepare it again")
-                if wanted // item < 2 * cfg.block_size + 1:
-                    raise ValueError(f"{self.folder / part}.bin has {wanted // item} tokens: too few for "
-                                     f"--block_size={cfg.block_size}, which needs {2 * cfg.block_size + 1}")
+            ranks, pat_str = (self.folder / "tokenizer.tiktoken").read_text(), self.meta["pat_str"]
+            self.tokenizer = dict(ranks=ranks, pat_str=pat_str)
+            self.encoding = prepare_data.load_tokenizer(ranks, pat_str)
+            sizes = {part: ((self.folder / f"{part}.bin").stat().st_size, self.meta[f"{part}_tokens"])
+                     for part in ("train", "val")}
+            item = np.dtype(self.meta["dtype"]).itemsize
+            if (self.encoding.n_vocab != self.meta["vocab_size"]
+                    or {"fingerprint", "val_bytes"} - self.meta.keys()):
+                raise KeyError
         except FileNotFoundError as error:
             raise ValueError(f"{error.filename} is missing: {remedy}") from None
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise ValueError(f"{self.folder / 'meta.json'} is not from prepare_data.py: {remedy}") from None
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"meta.json and tokenizer.tiktoken in {cfg.data_dir} are not, or not both, "
+                             f"what prepare_data.py made: {remedy}") from None
+        for part, (size, tokens) in sizes.items():
+            if size != tokens * item:
+                raise ValueError(f"{self.folder / part}.bin has {size} bytes, not the {tokens * item} of "
+                                 "meta.json: prepare it again")
+            if tokens < 2 * cfg.block_size + 1:
+                raise ValueError(f"{self.folder / part}.bin has {tokens} tokens: too few for "
+                                 f"--block_size={cfg.block_size}, which needs {2 * cfg.block_size + 1}")
 
-    def windows(self, part: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    def windows(self, part: str, starts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(starts), T) int64 each, of the windows that begin at these tokens."""
-        tokens = np.memmap(self.folder / f"{part}.bin", dtype=self.meta["dtype"], mode="r")  # opened anew each
-        # time: a long-lived map would count all pages it has touched as memory of this process
+        # opened anew each time: a long-lived map would count all the pages it has touched as memory in use
+        tokens = np.memmap(self.folder / f"{part}.bin", dtype=self.meta["dtype"], mode="r")
         rows = np.stack([tokens[s:s + self.cfg.block_size + 1] for s in starts]).astype(np.int64)
         if rows.max() >= self.cfg.vocab_size:
             raise ValueError(f"{self.folder / part}.bin holds token {rows.max()}, beyond "
                              f"vocab_size={self.cfg.vocab_size}: prepare it again")
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(rows).to(device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def n_windows(self) -> int:
@@ -202,7 +224,7 @@ class Data:
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch: int) -> np.ndarray:
-        """The first tokens of the windows of one pass: shuffled, and shifted by a random part of a window."""
+        """The first tokens of the windows of a pass: shuffled, and shifted by a random part of a window."""
         rng = np.random.default_rng((self.cfg.seed, epoch))
         return rng.permutation(self.n_windows()) * self.cfg.block_size + rng.integers(self.cfg.block_size)
 
@@ -212,7 +234,7 @@ class Data:
         return np.array([self.order(i // n)[i % n] for i in range(first, first + self.cfg.batch_size)])
 
     def val_batch(self) -> np.ndarray:
-        """The first tokens of the validation windows: evenly spaced, as many as asked for and without overlap."""
+        """The first tokens of the validation windows: evenly spaced, as many as fit without overlap."""
         room = self.meta["val_tokens"] - self.cfg.block_size - 1
         count = min(self.cfg.eval_sequences, room // self.cfg.block_size + 1)
         return np.arange(count) * (room // max(count - 1, 1))
@@ -230,8 +252,8 @@ def schedule(step: int, cfg: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)],
-                             lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=cfg.fused)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -241,7 +263,9 @@ def choose(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, bool, l
     """The dtype of the matmuls, whether to compile, and the lines that say what runs and why."""
     cuda = device.type == "cuda"
     has_bf16 = cuda and torch.cuda.is_bf16_supported()
-    dtype, why = (torch.bfloat16, "the GPU has it") if has_bf16 else (torch.float32, "bfloat16 pays on GPUs that have it")
+    dtype, why = torch.float32, "bfloat16 pays on GPUs that have it"
+    if has_bf16:
+        dtype, why = torch.bfloat16, "the GPU has it"
     if cfg.dtype != "auto":
         dtype, why = getattr(torch, cfg.dtype), f"--dtype={cfg.dtype}"
     compiled, reason = cfg.compile, "--compile" if cfg.compile else "--no-compile"
@@ -257,7 +281,7 @@ def choose(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, bool, l
 
 
 def keep_memory() -> None:
-    """Makes glibc keep freed memory: by default it gives every large tensor back and then faults its pages in."""
+    """Makes glibc keep freed memory: by default it returns large tensors and faults their pages in anew."""
     if platform.libc_ver()[0] == "glibc":
         mmap_threshold, trim_threshold = -3, -1
         libc = ctypes.CDLL(None)
@@ -278,13 +302,20 @@ class Run:
         self.optimizer = make_optimizer(self.model, cfg)
         self.step, self.seconds, self.loss = 0, 0.0, None
         if saved:
-            self.model.load_state_dict(saved["model"])
+            try:
+                self.model.load_state_dict(saved["model"])
+            except RuntimeError:
+                raise ValueError(f"the checkpoint in {cfg.out_dir} holds another model than model.py makes "
+                                 "of its settings") from None
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.seconds, self.loss = (saved[name] for name in ("step", "seconds", "loss"))
+            if self.step > cfg.steps:
+                raise ValueError(f"--steps={cfg.steps}: the run in {cfg.out_dir} is already at {self.step}")
         elif cfg.flops:
             cfg.steps = int(cfg.flops // self.flops_per_step())
             if not cfg.steps:
-                raise ValueError(f"--flops={cfg.flops:g} buys no step: one costs {self.flops_per_step():.3g}")
+                raise ValueError(f"--flops={cfg.flops:g} buys no step: one costs "
+                                 f"{self.flops_per_step():.3g}")
         # The raw model is what is saved and sampled; the wrapped one shares its parameters.
         self.wrapped = torch.compile(self.model) if compiled else self.model
         if dist.is_initialized():
@@ -300,7 +331,7 @@ class Run:
         total = 0.0
         micro = self.cfg.micro_batch_size
         for i in range(0, len(starts), micro):
-            x, y = (t.to(self.processes.device, non_blocking=True) for t in self.data.windows("train", starts[i:i + micro]))
+            x, y = self.data.windows("train", starts[i:i + micro], self.processes.device)
             last = i + micro >= len(starts)
             sync = contextlib.nullcontext() if last or not dist.is_initialized() else self.wrapped.no_sync()
             with sync:
@@ -312,8 +343,8 @@ class Run:
         return total
 
     def train_step(self, stop: bool) -> tuple[float, float, bool]:
-        """One optimizer step. Returns the loss over all processes, the gradient norm before clipping, and whether
-        any process was told to stop. Raises SystemExit if the loss or the norm is not finite."""
+        """One optimizer step. Returns the loss over all processes, the gradient norm before clipping, and
+        whether any process was told to stop. Raises SystemExit if the loss or the norm is not finite."""
         cfg, world = self.cfg, self.processes.world
         lr = schedule(self.step, cfg)
         for group in self.optimizer.param_groups:
@@ -324,8 +355,8 @@ class Run:
         total_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         loss, norm, stop = self.processes.sum(loss / world, total_norm / world, stop)
         if not math.isfinite(loss + norm):
-            raise SystemExit(f"step {self.step}: the loss is {loss}, the gradient norm {norm}. "
-                             f"{self.path} holds the last good state; a lower --learning_rate may help")
+            self.processes.stop(f"step {self.step}: the loss is {loss}, the gradient norm {norm}. "
+                                f"{self.path} holds the last good state; a lower --learning_rate may help")
         if cfg.grad_clip and norm > cfg.grad_clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.grad_clip, total_norm)
         self.optimizer.step()
@@ -338,8 +369,9 @@ class Run:
         starts = self.data.val_batch()
         mine = starts[self.processes.rank::self.processes.world]
         total = 0.0
-        for i in range(0, len(mine), self.cfg.micro_batch_size):
-            x, y = (t.to(self.processes.device) for t in self.data.windows("val", mine[i:i + self.cfg.micro_batch_size]))
+        micro = self.cfg.micro_batch_size
+        for i in range(0, len(mine), micro):
+            x, y = self.data.windows("val", mine[i:i + micro], self.processes.device)
             with self.autocast():
                 total += self.model(x, y)[1].double() * len(x)
         return self.processes.sum(total)[0] / len(starts)
@@ -348,8 +380,8 @@ class Run:
         if self.processes.rank == 0:
             save_checkpoint(self.path, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg), data=self.data.meta,
-                tokenizer=self.data.tokenizer))
+                seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg),
+                data=self.data.meta, tokenizer=self.data.tokenizer))
 
     def write_log(self, **entry: float) -> None:
         if self.processes.rank == 0:
@@ -371,27 +403,29 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         out("\n".join(self.setup))
         out(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
-            f"{active:,} active per token; {self.flops_per_step() / tokens / 1e6:.1f} MFLOP per token of training")
-        out(f"data     {cfg.data_dir}: {self.data.meta['train_tokens']:,} tokens, vocabulary {cfg.vocab_size}")
+            f"{active:,} active per token; training takes {self.flops_per_step() / tokens / 1e6:.1f} MFLOP "
+            "per token")
+        out(f"data     {cfg.data_dir}: {self.data.meta['train_tokens']:,} tokens, "
+            f"vocabulary {cfg.vocab_size}")
         out(f"plan     {cfg.steps} steps of {tokens:,} tokens on {self.processes.world} process(es): "
             f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
             f"{cfg.steps * self.flops_per_step():.3g} FLOP; about {clock(expected)}")
         if passes > 4:
-            out("note     so many passes overfit: fewer --steps, or more data (python prepare_data.py --help)")
+            out("note     so many passes overfit: take fewer --steps, or more data (prepare_data.py --help)")
 
     def checkpoint(self) -> None:
-        """Evaluates, saves, then logs: what is in the log is in the checkpoint."""
+        """Evaluates, logs, then saves: the log of a killed run may be ahead of its checkpoint, not behind."""
         cfg, meta = self.cfg, self.data.meta
         val_loss = self.evaluate()
         if not math.isfinite(val_loss):
-            raise SystemExit(f"step {self.step}: the validation loss is {val_loss}; {self.path} holds the "
-                             "last good state")
-        self.save()
+            self.processes.stop(f"step {self.step}: the validation loss is {val_loss}; {self.path} holds "
+                                "the last good state")
         tokens = self.step * cfg.batch_size * cfg.block_size
         bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
         self.write_log(event="eval", step=self.step, tokens=tokens, flops=self.step * self.flops_per_step(),
                        seconds=round(self.seconds, 3), train_loss=self.loss,
                        val_loss=val_loss, val_bits_per_byte=bits)
+        self.save()
         self.processes.print(f"step {self.step:6}/{cfg.steps} | validation loss {val_loss:.4f} | "
                              f"{bits:.4f} bits per byte | saved {self.path}")
 
@@ -422,15 +456,28 @@ def start_log(run: Run, resumed: bool) -> None:
     partial.write_text("".join(lines))
     os.replace(partial, run.log)
     if not resumed:
-        versions = dict(torch=torch.__version__, python=platform.python_version(), machine=run.setup[0].split(None, 1)[1])
-        run.write_log(event="config", config=dataclasses.asdict(run.cfg), data=run.data.meta, versions=versions)
+        versions = dict(torch=torch.__version__, python=platform.python_version(),
+                        machine=run.setup[0].removeprefix("device").strip())
+        run.write_log(event="config", config=dataclasses.asdict(run.cfg), data=run.data.meta,
+                      versions=versions)
 
 
-def train(run: Run, resumed: bool) -> bool:
-    """Runs to cfg.steps, or until a process gets SIGINT or SIGTERM. Returns whether it got there."""
-    cfg, told = run.cfg, []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: told.append(number))
+@contextlib.contextmanager
+def signals_noted() -> typing.Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM stop nothing: they are added to the list."""
+    told = []
+    before = {number: signal.signal(number, lambda number, _: told.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, resumed: bool, told: list[int]) -> bool:
+    """Runs to cfg.steps, or until a process was told to stop. Returns whether it got there."""
+    cfg = run.cfg
     fresh, stop, pace = not resumed, False, None
     while True:
         at_end = run.step >= cfg.steps
@@ -447,7 +494,8 @@ def train(run: Run, resumed: bool) -> bool:
         run.seconds += elapsed
         fresh, pace = True, elapsed if pace is None else 0.9 * pace + 0.1 * elapsed
         if run.step % cfg.log_interval == 0 or run.step == cfg.steps:
-            run.write_log(event="step", step=run.step, seconds=round(run.seconds, 3), loss=loss, lr=lr, norm=norm)
+            run.write_log(event="step", step=run.step, seconds=round(run.seconds, 3), loss=loss, lr=lr,
+                          norm=norm)
             run.processes.print(
                 f"step {run.step:6}/{cfg.steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
                 f"{1e3 * elapsed:.0f} ms | {cfg.batch_size * cfg.block_size / elapsed:,.0f} tok/s | "
@@ -457,20 +505,26 @@ def train(run: Run, resumed: bool) -> bool:
 def prepare(given: dict, device: str) -> Run:
     """Everything before the first step. Raises ValueError or OSError with one line that says what to do."""
     processes = Processes(device)
-    path = Path(given.get("out_dir", TrainConfig.out_dir), "ckpt.pt")
+    given = {"out_dir": TrainConfig.out_dir} | given    # a run is where it is found, also if it was moved
+    path = Path(given["out_dir"], "ckpt.pt")
     saved = None
     if given.get("resume"):
         saved = load_checkpoint(path)
+        if missing := {"optimizer", "step", "seconds", "loss", "data"} - saved.keys():
+            raise ValueError(f"{path} has no {', '.join(sorted(missing))}: sample.py can use it, "
+                             "--resume cannot")
         cfg = resume_config(given, saved["config"])
     else:
         cfg = make_config(given, device)
         if (path.exists() or path.with_name("log.jsonl").exists()) and not cfg.overwrite:
-            raise ValueError(f"{cfg.out_dir} holds a run: --resume continues it, --overwrite starts anew, "
+            resume = "--resume continues it" if path.exists() else "it has no checkpoint yet"
+            raise ValueError(f"{cfg.out_dir} holds a run: {resume}, --overwrite starts anew, "
                              "--out_dir=... puts this one elsewhere")
     if cfg.batch_size % processes.world:
-        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {processes.world} processes")
-    if cfg.data_dir == TrainConfig.data_dir and not Path(cfg.data_dir, "meta.json").exists():
-        if processes.rank == 0:
+        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {processes.world} "
+                         "processes")
+    if cfg.data_dir == TrainConfig.data_dir:
+        if processes.rank == 0 and not Path(cfg.data_dir, "meta.json").exists():
             print(f"There is no {cfg.data_dir}: preparing it from the Python standard library.", flush=True)
             prepare_data.prepare(["python"], cfg.data_dir)
         processes.sum(0)    # the others wait here
@@ -480,7 +534,8 @@ def prepare(given: dict, device: str) -> Run:
     if "vocab_size" not in given and not saved:
         cfg.vocab_size = data.meta["vocab_size"]
     if cfg.vocab_size < data.meta["vocab_size"]:
-        raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the {data.meta['vocab_size']} of {cfg.data_dir}")
+        raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the {data.meta['vocab_size']} of "
+                         f"{cfg.data_dir}")
     return Run(cfg, processes, data, saved)
 
 
@@ -488,9 +543,9 @@ def finish(run: Run) -> None:
     """A sample, and what to do next."""
     out = run.processes.print
     if run.processes.rank == 0:
-        encoding = prepare_data.load_tokenizer(run.data.tokenizer["ranks"], run.data.tokenizer["pat_str"])
         generator = torch.Generator(run.processes.device).manual_seed(run.cfg.seed)
-        text = "".join(stream(run.model, encoding, "", 120, temperature=0.8, top_p=0.95, generator=generator))
+        text = "".join(stream(run.model, run.data.encoding, "", 120, temperature=0.8, top_p=0.95,
+                              generator=generator))
         out(f"trained for {clock(run.seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
     where = "" if run.cfg.out_dir == TrainConfig.out_dir else f" --out_dir={run.cfg.out_dir}"
     out(f"next:  python sample.py{where} --prompt \"def \"\n"
@@ -509,25 +564,30 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no CUDA device; --device=cpu runs without one")
     keep_memory()
-    torch.set_flush_denormal(True)      # the moments of neurons that nobody picks decay into denormals, slow on CPUs
+    torch.set_flush_denormal(True)      # AdamW's moments of unused neurons become denormals, slow on CPUs
     torch.set_float32_matmul_precision("high")
     try:
         run = prepare(given, device)
         run.report()
-        start_log(run, resumed="resume" in given)
-        if train(run, resumed="resume" in given):
+        resumed = given.get("resume", False)
+        start_log(run, resumed)
+        with signals_noted() as told:
+            finished = train(run, resumed, told)
+        if finished:
             finish(run)
         else:
             run.processes.print(f"stopped and saved at step {run.step}; to continue: "
                                 f"python train.py --out_dir={run.cfg.out_dir} --resume")
             raise SystemExit(130)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        parser.exit(2, f"train.py: {error}\n")
+    except OSError as error:
         raise SystemExit(f"train.py: {error}") from None
     except (MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):
             raise
-        raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the sizes of the "
-                         "model") from None
+        raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the sizes of "
+                         "the model") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
