@@ -8,26 +8,40 @@ The neurons of all channels lie in one table of R rows; token n uses the J rows 
 (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the transposed index: the
 (token, slot) pairs sorted by row, so that every row sums its own tokens. No atomics: same input, same bits.
 
-Two implementations behind each name, chosen by PyTorch's dispatcher from where the tensors live:
+Three implementations behind each name; backend() says which one tensors get, by their device and dtype:
 
     reference   what the operation means, in one line of PyTorch; for tests and readers
     torch       any device: F.embedding_bag is gather_sum, and its per-sample-weight gradient is gather_dot
+    triton      CUDA, float32 and bfloat16: own kernels (on CPU tensors only in tests, by TRITON_INTERPRET=1)
 
-    python kernels.py     check every implementation against the reference and time it
+    python kernels.py                             check them against the reference and time them
+    python kernels.py --checkpoint out/ckpt.pt    also: what the kernels meet in a trained router
 
 Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top-k,
-J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs.
+J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
 """
 import argparse
+import functools
 import itertools
-import statistics
-import time
+import math
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Optional
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:     # Windows, macOS: the kernels are defined, and never launched
+    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda kernel: kernel
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -52,29 +66,13 @@ def product_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # -----------------------------------------------------------------------------------------------------------
 # torch: the same on any device, nothing of size (N, J, D)
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _dtypes(a: Tensor, b: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the result of an operation on a and b, and the wider one it accumulates in."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return dtype, torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.custom_op("sgatlin::transpose_index", mutates_args=())
-def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The pairs sorted by row: what the gradient of a table needs. One sort serves all tables of a layer.
-
-    Args: index (N, J) int32, the row of each pair; n_rows R.
-    Returns: order (P,) int32, the pair numbers n*J + j by row, then by token; offsets (R+1,) int32: the
-    pairs of row r are order[offsets[r]:offsets[r+1]].
-    """
-    rows = index.flatten()
-    if n_rows < 2**15 and index.device.type == "cpu":
-        rows = rows.to(torch.int16)                             # half the passes of the radix sort
-    rows, order = rows.sort(stable=True)
-    bounds = torch.arange(n_rows + 1, device=rows.device, dtype=rows.dtype)
-    return order.to(torch.int32), torch.searchsorted(rows, bounds, out_int32=True)
-
-
-@torch.library.custom_op("sgatlin::gather_dot", mutates_args=())
-def _gather_dot(x: Tensor, weight: Tensor, index: Tensor,
-                order: Optional[Tensor], offsets: Optional[Tensor]) -> Tensor:
+def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     N, J = index.shape
     dtype, wide = _dtypes(x, weight)
     bags = torch.arange(0, N * J, J, dtype=index.dtype, device=index.device)
@@ -84,23 +82,19 @@ def _gather_dot(x: Tensor, weight: Tensor, index: Tensor,
     return dots.view(N, J).to(dtype)
 
 
-@torch.library.custom_op("sgatlin::gather_sum", mutates_args=())
-def _gather_sum(coef: Tensor, weight: Tensor, index: Tensor,
-                order: Optional[Tensor], offsets: Optional[Tensor]) -> Tensor:
+def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     dtype, wide = _dtypes(coef, weight)
     coef = coef.to(wide).contiguous()
     return F.embedding_bag(index, weight.to(wide), mode="sum", per_sample_weights=coef).to(dtype)
 
 
-@torch.library.custom_op("sgatlin::table_grad", mutates_args=())
-def _table_grad(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     dtype, wide = _dtypes(coef, x)
     return F.embedding_bag(order // coef.shape[1], x.to(wide), offsets, mode="sum", include_last_offset=True,
                            per_sample_weights=coef.flatten()[order].to(wide)).to(dtype)
 
 
-@torch.library.custom_op("sgatlin::product_topk", mutates_args=())
-def _product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def product_topk_torch(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     top = _descending(scores, k)                                # (N, C, 2, k) positions of the best sub-keys
     first, second = scores.gather(-1, top).unbind(-2)           # (N, C, k) each
     a, b = top.to(torch.int32).unbind(-2)
@@ -113,21 +107,14 @@ def _product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return sums.gather(-1, win), ids.gather(-1, win)
 
 
-@torch.library.custom_op("sgatlin::product_topk_grad", mutates_args=())
-def _product_topk_grad(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
     halves = torch.stack((ids // n, ids % n), dim=-2).long()    # (N, C, 2, k)
     scores = grad.new_zeros(*halves.shape[:-1], n)
     return scores.scatter_add_(-1, halves, grad.unsqueeze(-2).expand(halves.shape))
 
 
-def _dtypes(a: Tensor, b: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the result of an operation on a and b, and the wider one it accumulates in."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return dtype, torch.promote_types(dtype, torch.float32)
-
-
 def _descending(values: Tensor, k: int) -> Tensor:
-    """Positions (..., k) int64 of the k largest of the last dimension, in order; ties: the lower position."""
+    """Positions (..., k) int64 of the k largest of the last dimension, in order; ties: the lower first."""
     if values.device.type != "cpu" or values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # numpy's vectorised integer sort is faster than torch.topk on short rows. Sort 64-bit keys that hold the
@@ -145,63 +132,302 @@ def _descending(values: Tensor, k: int) -> Tensor:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# the public operations: shapes for torch.compile, and gradients
+# triton: a program is one warp and sums in float32 (loads are cast: the interpreter cannot add bfloat16)
 
-@transpose_index.register_fake
-def _(index, n_rows):
-    return index.new_empty(index.numel()), index.new_empty(n_rows + 1)
-
-
-@_gather_dot.register_fake
-def _(x, weight, index, order, offsets):
-    return x.new_empty(index.shape, dtype=_dtypes(x, weight)[0])
+DOT_SLOTS, DOT_COLS = 8, 256    # tile of gather_dot: slots x columns that a warp asks for at once
+SUM_PAIRS, SUM_COLS = 16, 64    # tile of the sums: pairs x columns; 64 columns of a table should fit in L2
+SPLIT = 1024                    # no program of the table gradient sums more pairs than this
 
 
-@_gather_sum.register_fake
-def _(coef, weight, index, order, offsets):
-    return coef.new_empty(len(coef), weight.shape[1], dtype=_dtypes(coef, weight)[0])
+@jit
+def gather_dot_kernel(x, weight, index, out, J, D: tl.constexpr, SLOTS: tl.constexpr, COLS: tl.constexpr):
+    """out[n, j] = <x[n], weight[index[n, j]]>            PyTorch: (x[:, None] * weight[index]).sum(-1)
+
+    One program owns one token and SLOTS slots. Tokens run fastest in the grid, so the GPU works through the
+    table slot by slot, that is channel by channel, and the rows of one channel (E*D numbers) stay in L2.
+    Moves P rows of D, P/SLOTS rows of x, P ids and results.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    row = tl.load(index + n * J + j, j < J, 0).to(tl.int64)                                 # (SLOTS,)
+    acc = tl.zeros((SLOTS, COLS), tl.float32)
+    for start in tl.static_range(0, D, COLS):
+        d = start + tl.arange(0, COLS)
+        token = tl.load(x + n * D + d, d < D, 0).to(tl.float32)                             # (COLS,)
+        rows = tl.load(weight + row[:, None] * D + d[None, :], (d < D)[None, :], 0).to(tl.float32)
+        acc += token[None, :] * rows                                                        # (SLOTS, COLS)
+    tl.store(out + n * J + j, tl.sum(acc, 1).to(out.dtype.element_ty), j < J)
 
 
-@_table_grad.register_fake
-def _(coef, x, order, offsets):
-    return x.new_empty(len(offsets) - 1, x.shape[1], dtype=_dtypes(coef, x)[0])
+@jit
+def sum_rows(coef, index, table, count, d, D: tl.constexpr, PAIRS: tl.constexpr):
+    """Sum of coef[q] * table[index[q], d] over 0 <= q < count. No coef means 1, no index means row q."""
+    acc = tl.zeros((PAIRS, d.shape[0]), tl.float32)
+    for first in tl.range(0, count, PAIRS, num_stages=3):       # the next rows are under way during this sum
+        q = first + tl.arange(0, PAIRS)
+        live = q < count
+        q = tl.minimum(q, count - 1)                            # past the end: the last pair again, times 0
+        row = (q if index is None else tl.load(index + q)).to(tl.int64)                     # (PAIRS,)
+        scale = 1.0 if coef is None else tl.load(coef + q).to(tl.float32)
+        rows = tl.load(table + row[:, None] * D + d[None, :], (d < D)[None, :], 0).to(tl.float32)
+        acc += tl.where(live, scale, 0.0)[:, None] * rows                                   # (PAIRS, COLS)
+    return tl.sum(acc, 0)                                                                   # (COLS,)
 
 
-@_product_topk.register_fake
-def _(scores, k):
-    shape = (*scores.shape[:-2], k)
-    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
+@jit
+def segment_sum_kernel(coef, index, table, starts, ends, partial, out, D: tl.constexpr, SPLIT: tl.constexpr,
+                       PAIRS: tl.constexpr, COLS: tl.constexpr):
+    """out[s] = sum of coef[q] * table[index[q]] over starts[s] <= q < ends[s]
+    PyTorch: F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=coef)
+
+    One program owns one segment and COLS columns, and writes once; an empty segment gets 0. A segment is the
+    picks of a token (gather_sum), or of a table row (its gradient). Segments run fastest in the grid, so the
+    GPU works through the table one slice of columns after the other: a slice (R*COLS numbers) stays in L2.
+    A row may have many picks. With partial, its program goes only to the first border, a multiple of SPLIT,
+    and adds partial[b] of each border (b + 1) * SPLIT inside: the sum from there to the next one or the end.
+    Moves P rows of D, P*D/COLS ids and coefficients, and the results.
+    """
+    s = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    start, end = tl.load(starts + s).to(tl.int64), tl.load(ends + s).to(tl.int64)
+    border = start // SPLIT + 1
+    stop = end if partial is None else tl.minimum(end, border * SPLIT)
+    total = sum_rows(coef + start, index + start, table, (stop - start).to(tl.int32), d, D, PAIRS)
+    if partial is not None:
+        inside = ((end - 1) // SPLIT - border + 1).to(tl.int32)
+        total += sum_rows(None, None, partial + (border - 1) * D, inside, d, D, PAIRS)
+    tl.store(out + s * D + d, total.to(out.dtype.element_ty), d < D)
 
 
-@_product_topk_grad.register_fake
-def _(grad, ids, n):
-    return grad.new_empty(*ids.shape[:-1], 2, n)
+@jit
+def pack(x, position):
+    """One integer per score that is larger for a larger score and, between equals, for a lower position: the
+    bits of the float, those of negatives flipped, which order as the floats do, then 16 bits of position."""
+    FLIP: tl.constexpr = 0x7FFFFFFF if x.dtype == tl.float32 else 0x7FFF0000    # bfloat16: the upper half
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & FLIP
+    return ((bits.to(tl.int64) << 16) if x.dtype == tl.float32 else bits) | (0xFFFF - position)
+
+
+@jit
+def unpack(key, dtype: tl.constexpr):
+    """The score and the position that pack put into the key."""
+    FLIP: tl.constexpr = 0x7FFFFFFF if dtype == tl.float32 else 0x7FFF0000
+    bits = (key >> 16).to(tl.int32) if dtype == tl.float32 else key & -0x10000
+    bits ^= (bits >> 31) & FLIP
+    return bits.to(tl.float32, bitcast=True).to(dtype), 0xFFFF - (key & 0xFFFF).to(tl.int32)
+
+
+@jit
+def largest(key, K: tl.constexpr, KP: tl.constexpr, LOWEST: tl.constexpr):
+    """The K largest of key (M,), all different, in descending order, padded with LOWEST to (KP,)."""
+    top = tl.full((KP,), LOWEST, key.dtype)
+    for rank in tl.static_range(K):
+        best = tl.max(key, 0)
+        top = tl.where(tl.arange(0, KP) == rank, best, top)
+        key = tl.where(key == best, LOWEST, key)
+    return top
+
+
+@jit
+def product_topk_kernel(scores, gates, ids, n, K: tl.constexpr, KP: tl.constexpr, NP: tl.constexpr):
+    """The K largest of the n*n sums scores[m, 0, i] + scores[m, 1, j] and their ids i*n + j, largest first.
+    PyTorch: (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2).topk(K)
+
+    One program owns one token and channel m: the top K of each half, then the top K of the sums of these, of
+    which only (i + 1) * (j + 1) <= K can win. Between equals the lower position wins, in all three. Keys are
+    all different, so ids are too, and in range, whatever the scores. Moves N*C*2n scores, P gates and ids.
+    """
+    dtype: tl.constexpr = scores.dtype.element_ty
+    LOWEST: tl.constexpr = -(1 << 62) if dtype == tl.float32 else -(1 << 31)
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, NP)
+    half = scores + m * (2 * n) + i
+    first = tl.where(i < n, pack(tl.load(half, i < n, 0), i), LOWEST)                       # (NP,)
+    second = tl.where(i < n, pack(tl.load(half + n, i < n, 0), i), LOWEST)
+    a, row = unpack(largest(first, K, KP, LOWEST), dtype)                                   # (KP,)
+    b, col = unpack(largest(second, K, KP, LOWEST), dtype)
+
+    s = tl.arange(0, KP)
+    total = (a.to(tl.float32)[:, None] + b.to(tl.float32)[None, :]).to(dtype)               # (KP, KP)
+    can_win = (s[:, None] + 1) * (s[None, :] + 1) <= K
+    key = tl.where(can_win, pack(total, s[:, None] * KP + s[None, :]), LOWEST)
+    gate, place = unpack(largest(tl.reshape(key, (KP * KP,)), K, KP, LOWEST), dtype)        # (KP,)
+    pick = tl.gather(row, (place // KP) % KP, 0) * n + tl.gather(col, place % KP, 0)
+    tl.store(gates + m * K + s, gate, s < K)
+    tl.store(ids + m * K + s, pick, s < K)
+
+
+@jit
+def product_topk_grad_kernel(grad, ids, out, n, K: tl.constexpr, NP: tl.constexpr):
+    """out[m, 0, i] = sum of grad[m, s] where ids[m, s] // n == i; out[m, 1, j] where ids[m, s] % n == j.
+    PyTorch: zeros(N, C, n).scatter_add_(-1, ids // n, grad), and the same with ids % n
+
+    One program owns one token and channel m. Moves P ids and gradients, N*C*2n results.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, NP)
+    first, second = tl.zeros((NP,), tl.float32), tl.zeros((NP,), tl.float32)
+    for s in tl.static_range(K):
+        g = tl.load(grad + m * K + s).to(tl.float32)
+        pick = tl.load(ids + m * K + s)
+        first += tl.where(i == pick // n, g, 0.0)
+        second += tl.where(i == pick % n, g, 0.0)
+    half = out + m * (2 * n) + i
+    tl.store(half, first.to(out.dtype.element_ty), i < n)
+    tl.store(half + n, second.to(out.dtype.element_ty), i < n)
+
+
+def launch(kernel, grid: tuple[int, ...], *args) -> None:
+    """One warp per program, on the device of the first argument, which need not be the current one."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, num_warps=1, enable_fp_fusion=True)     # a * b + c in one instruction
+
+
+def gather_dot_triton(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    (N, D), J = x.shape, index.shape[1]
+    out = x.new_empty(N, J, dtype=_dtypes(x, weight)[0])
+    launch(gather_dot_kernel, (N, triton.cdiv(J, DOT_SLOTS)), x.contiguous(), weight.contiguous(),
+           index.contiguous(), out, J, D, DOT_SLOTS, min(DOT_COLS, triton.next_power_of_2(D)))
+    return out
+
+
+def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
+                dtype: torch.dtype, partial: Optional[Tensor] = None) -> Tensor:
+    D, cols = table.shape[1], min(SUM_COLS, triton.next_power_of_2(table.shape[1]))
+    out = table.new_empty(len(starts), D, dtype=dtype)
+    launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(), index.contiguous(),
+           table.contiguous(), starts, ends, partial, out, D, SPLIT, SUM_PAIRS, cols)
+    return out
+
+
+def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    bounds = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)       # (N+1,)
+    return segment_sum(coef, index, weight, bounds[:-1], bounds[1:], _dtypes(coef, weight)[0])
+
+
+def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    # permuted once: all slices of columns read them
+    token, coef, dtype = order // coef.shape[1], coef.flatten().index_select(0, order), _dtypes(coef, x)[0]
+    borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
+    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row of the pair before the border
+    partial = segment_sum(coef, token, x, borders, torch.minimum(borders + SPLIT, row_end), torch.float32)
+    return segment_sum(coef, token, x, offsets[:-1], offsets[1:], dtype, partial)
+
+
+def product_topk_triton(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    *shape, _, n = scores.shape
+    gates, ids = scores.new_empty(*shape, k), scores.new_empty(*shape, k, dtype=torch.int32)
+    launch(product_topk_kernel, (math.prod(shape),), scores.contiguous(), gates, ids, n, k,
+           max(2, triton.next_power_of_2(k)), triton.next_power_of_2(n))
+    return gates, ids
+
+
+def product_topk_grad_triton(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+    *shape, k = ids.shape
+    out = grad.new_empty(*shape, 2, n)
+    launch(product_topk_grad_kernel, (math.prod(shape),), grad.contiguous(), ids.contiguous(), out, n, k,
+           triton.next_power_of_2(n))
+    return out
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the operations: an implementation by device and dtype, shapes for torch.compile, gradients
+
+def backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The implementation that tensors of a device ("cpu", "cuda") and dtype get, and the reason."""
+    if device != "cuda":
+        return "torch", f"the device is {device}"
+    if triton is None:
+        return "torch", "triton is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "torch", f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "torch", f"the Triton kernels take float32 and bfloat16, not {str(dtype)[6:]}"
+    return "triton", f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+
+
+@functools.cache
+def _runs_triton(device: str, dtype: torch.dtype) -> bool:
+    name, reason = backend(device, dtype)
+    if name != backend(device)[0]:      # known only now: the dtype is to blame
+        print(f"kernels: {name}, {reason}", flush=True)
+    return name == "triton"
+
+
+def _pick(in_torch: Callable, in_triton: Callable, *tensors: Tensor) -> Callable:
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return in_triton if _runs_triton(tensors[0].device.type, dtype) else in_torch
+
+
+def _op(empty: Callable) -> Callable:
+    """Makes an operation opaque to torch.compile, which learns from `empty` what the results look like."""
+    def register(fn):
+        op = torch.library.custom_op(f"sgatlin::{fn.__name__.strip('_')}", fn, mutates_args=())
+        op.register_fake(empty)
+        return op
+    return register
+
+
+@_op(lambda index, n_rows: tuple(index.new_empty(m, dtype=torch.int32) for m in (index.numel(), n_rows + 1)))
+def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The pairs sorted by row: what the gradient of a table needs. One sort serves all tables of a layer.
+
+    Args: index (N, J) int32, the row of each pair; n_rows R.
+    Returns: order (P,) int32, the pairs by row, then by token; offsets (R+1,) int32: the pairs of row r are
+    order[offsets[r]:offsets[r+1]].
+    """
+    if index.numel() + SPLIT >= 2**31:
+        raise ValueError(f"N*J = {index.numel()} pairs overflow 32 bits: pass fewer tokens at a time")
+    rows = index.flatten()
+    if n_rows < 2**15:
+        rows = rows.to(torch.int16)                             # half the passes of the radix sort
+    rows, order = rows.sort(stable=True)
+    bounds = torch.arange(n_rows + 1, device=rows.device, dtype=rows.dtype)
+    return order.to(torch.int32), torch.searchsorted(rows, bounds, out_int32=True)
+
+
+@_op(lambda x, weight, index, order, offsets: x.new_empty(index.shape, dtype=_dtypes(x, weight)[0]))
+def _gather_dot(x: Tensor, weight: Tensor, index: Tensor,
+                order: Optional[Tensor], offsets: Optional[Tensor]) -> Tensor:
+    return _pick(gather_dot_torch, gather_dot_triton, x, weight)(x, weight, index)
+
+
+@_op(lambda coef, weight, *_: coef.new_empty(len(coef), weight.shape[1], dtype=_dtypes(coef, weight)[0]))
+def _gather_sum(coef: Tensor, weight: Tensor, index: Tensor,
+                order: Optional[Tensor], offsets: Optional[Tensor]) -> Tensor:
+    return _pick(gather_sum_torch, gather_sum_triton, coef, weight)(coef, weight, index)
+
+
+@_op(lambda coef, x, _, offsets: x.new_empty(len(offsets) - 1, x.shape[1], dtype=_dtypes(coef, x)[0]))
+def _table_grad(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return _pick(table_grad_torch, table_grad_triton, coef, x)(coef, x, order, offsets)
+
+
+@_op(lambda s, k: tuple(s.new_empty(*s.shape[:-2], k, dtype=dtype) for dtype in (s.dtype, torch.int32)))
+def _product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _pick(product_topk_torch, product_topk_triton, scores)(scores, k)
+
+
+@_op(lambda grad, ids, n: grad.new_empty(*ids.shape[:-1], 2, n))
+def _product_topk_grad(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+    return _pick(product_topk_grad_torch, product_topk_grad_triton, grad)(grad, ids, n)
 
 
 def _save_operands(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _table_gradient(coef, x, weight, index, order, offsets):
-    if order is None:
-        order, offsets = transpose_index(index, len(weight))
-    return _table_grad(coef, x, order, offsets).to(weight.dtype)
-
-
-def _gather_dot_backward(ctx, grad):
-    x, weight, index, order, offsets = ctx.saved_tensors
-    grad_x = gather_sum(grad, weight, index).to(x.dtype) if ctx.needs_input_grad[0] else None
-    grad_weight = (_table_gradient(grad, x, weight, index, order, offsets)
-                   if ctx.needs_input_grad[1] else None)
-    return grad_x, grad_weight, None, None, None
-
-
-def _gather_sum_backward(ctx, grad):
-    coef, weight, index, order, offsets = ctx.saved_tensors
-    grad_coef = gather_dot(grad, weight, index).to(coef.dtype) if ctx.needs_input_grad[0] else None
-    grad_weight = (_table_gradient(coef, grad, weight, index, order, offsets)
-                   if ctx.needs_input_grad[1] else None)
-    return grad_coef, grad_weight, None, None, None
+def _backward(ctx, grad, other):
+    """The gradients of one primitive; the other one takes them to the first operand."""
+    first, weight, index, *by_row = ctx.saved_tensors   # read once: checkpointing forbids a second time
+    coef, x = (first, grad) if other is gather_dot else (grad, first)
+    grad_first = other(grad, weight, index).to(first.dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        order, offsets = transpose_index(index, len(weight)) if by_row[0] is None else by_row
+        grad_weight = _table_grad(coef, x, order, offsets).to(weight.dtype)
+    return grad_first, grad_weight, None, None, None
 
 
 def _product_topk_setup(ctx, inputs, output):
@@ -213,10 +439,6 @@ def _product_topk_setup(ctx, inputs, output):
 def _product_topk_backward(ctx, grad, _):
     return _product_topk_grad(grad, *ctx.saved_tensors, ctx.n), None
 
-
-_gather_dot.register_autograd(_gather_dot_backward, setup_context=_save_operands)
-_gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_operands)
-_product_topk.register_autograd(_product_topk_backward, setup_context=_product_topk_setup)
 
 ByRow = tuple[Tensor, Tensor]
 
@@ -245,12 +467,14 @@ def product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns: gates (N, C, k), the sums, descending; ids (N, C, k) int32, a*n + b. Ties go to the lower rank
     of a, then of b. Product keys: Lample et al., arXiv 1907.05242.
     """
+    if k > scores.shape[-1]:
+        raise ValueError(f"k={k} exceeds the {scores.shape[-1]} sub-keys")
     return _product_topk(scores, k)
 
 
-def backend(device: str) -> tuple[str, str]:
-    """The implementation that tensors on a device ("cpu", "cuda") get, and the reason."""
-    return "torch", f"the device is {device}"
+_gather_dot.register_autograd(functools.partial(_backward, other=gather_sum), setup_context=_save_operands)
+_gather_sum.register_autograd(functools.partial(_backward, other=gather_dot), setup_context=_save_operands)
+_product_topk.register_autograd(_product_topk_backward, setup_context=_product_topk_setup)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -266,8 +490,9 @@ def random_layer(N: int, D: int, C: int, n: int, k: int, **kind) -> dict[str, Te
     scores = normal(N, C, 2, n, **kind)
     gates, ids = product_topk(scores, k)
     index = (ids + torch.arange(0, R, n * n, dtype=torch.int32, device=ids.device)[:, None]).flatten(1)
-    return dict(scores=scores, gates=gates.flatten(1), index=index, x=normal(N, D, **kind),
-                w_in=normal(R, D, std=1 / n, **kind), w_out=normal(R, D, std=1 / n, **kind), dy=normal(N, D, **kind))
+    x, dy, w_in, w_out = (normal(*shape, **kind) for shape in ((N, D), (N, D), (R, D), (R, D)))
+    gates, w_in, w_out = gates.flatten(1), w_in / n, w_out / n
+    return dict(scores=scores, gates=gates, index=index, x=x, w_in=w_in, w_out=w_out, dy=dy)
 
 
 def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
@@ -287,35 +512,33 @@ def gradients(fn: Callable, dy: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 
 def check(device: str, dtype: torch.dtype) -> None:
-    """Prints the relative error of the layer and its gradients against the reference in float64."""
-    for N, D, C, n, k in ((1, 16, 1, 3, 2), (57, 80, 2, 11, 8), (300, 128, 4, 16, 8)):
+    """Prints errors of the layer, the top-k and their gradients, relative to the reference in float64."""
+    shapes = [(1, 16, 1, 3, 2), (57, 80, 2, 11, 8), (300, 128, 4, 16, 8), (2100, 64, 1, 2, 2)]
+    for N, D, C, n, k in shapes + [(1000, 768, 16, 88, 8)] * (device == "cuda"):
         t = random_layer(N, D, C, n, k, device=device, dtype=dtype)
         operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
         ours = gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands)
         truth = gradients(lambda *a: layer_reference(*a, t["index"]), t["dy"].double(),
                           *(o.double() for o in operands))
-        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth)]
         gates, ids = product_topk(t["scores"], k)
-        sums = t["scores"].gather(-1, torch.stack((ids // n, ids % n), dim=-2).long()).unbind(-2)
-        exact = torch.equal(gates, product_topk_reference(t["scores"], k)[0]) and torch.equal(gates, sum(sums))
-        names = ("y", "dx", "dgates", "dw_in", "dw_out")
-        print(f"  N={N:<4} D={D:<4} C={C} n={n:<3} k={k}  relative error: "
-              + "  ".join(f"{name} {error:.0e}" for name, error in zip(names, errors))
-              + f"  top-k {'exact' if exact else 'WRONG'}")
-        if max(errors) > (1e-2 if dtype == torch.bfloat16 else 1e-6) or not exact:
+        halves, dgates = torch.stack((ids // n, ids % n), dim=-2).long(), torch.randn_like(gates)
+        exact = (torch.equal(gates, product_topk_reference(t["scores"], k)[0])
+                 and torch.equal(gates, sum(t["scores"].gather(-1, halves).unbind(-2)))
+                 and ids.sort(-1).values.diff(dim=-1).all())
+        ours += gradients(lambda s: product_topk(s, k)[0], dgates, t["scores"])[1:]
+        truth += gradients(lambda s: s.gather(-1, halves).sum(-2), dgates.double(), t["scores"].double())[1:]
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth)]
+        named = zip(("y", "dx", "dgates", "dw_in", "dw_out", "dscores"), errors)
+        print(f"  N={N:<4} D={D:<3} C={C:<2} n={n:<2} k={k} ", *(f"{name} {e:.0e}" for name, e in named),
+              f"top-k {'exact' if exact else 'WRONG'}", flush=True)
+        if not (max(errors) < (1e-2 if dtype == torch.bfloat16 else 1e-6) and exact):
             raise SystemExit("kernels: an implementation disagrees with the reference")
 
 
-def median_ms(fn: Callable, device: str, budget: float = 2.0) -> float:
-    """Median wall time of fn in ms over about `budget` seconds, of at least 3 runs after a warm-up."""
-    times = []
-    while len(times) < 4 or sum(times) < budget and len(times) < 50:
-        start = time.perf_counter()
-        fn()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[1:])
+def median_ms(fn: Callable) -> float:
+    """Median wall time of fn in ms, over about a second and after a warm-up."""
+    return 1e3 * Timer("fn()", globals=dict(fn=fn), num_threads=torch.get_num_threads()).blocked_autorange(
+        min_run_time=1.0).median
 
 
 def peak_bytes(fn: Callable, device: str) -> int:
@@ -331,15 +554,22 @@ def peak_bytes(fn: Callable, device: str) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.dtype) -> None:
-    """Prints the table of one shape: the layer behind its router, and what it is to be compared with."""
-    kind = dict(device=device, dtype=dtype)
-    t = random_layer(N, D, C, n, k, **kind)
-    R, J = len(t["w_in"]), t["index"].shape[1]
-    operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    up, gated_up = (normal(width * D, D, std=D ** -0.5, **kind) for width in (4, 8))
-    down = normal(D, 4 * D, std=(4 * D) ** -0.5, **kind)
+def measure(fn: Callable, dy: Tensor, *inputs: Tensor) -> tuple[float, float, float, str]:
+    """ms forward, ms forward and backward, extra bytes; or nan thrice, and why it does not run."""
+    try:
+        with torch.no_grad():
+            forward = median_ms(lambda: fn(*inputs))
+        both = functools.partial(gradients, fn, dy, *inputs)
+        return forward, median_ms(both), peak_bytes(both, dy.device.type), ""
+    except RuntimeError as error:       # out of memory, or no compiler
+        return math.nan, math.nan, math.nan, "  " + str(error).splitlines()[0][:70]
 
+
+def benchmark(N: int, D: int, C: int, n: int, k: int, width: int, copy: float, **kind) -> None:
+    """Prints the table of one shape: the layer behind its router, and what it is to be compared with.
+
+    width: of the hidden layer of the dense layers; copy: GB/s of copying; kind: device and dtype.
+    """
     def mlp(x, up, down):
         return F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
 
@@ -347,47 +577,113 @@ def benchmark(device: str, N: int, D: int, C: int, n: int, k: int, dtype: torch.
         a, b = F.linear(x, up).chunk(2, dim=-1)
         return F.linear(F.silu(a) * b, down)
 
-    rows = {"reference gather": (layer_reference, operands, [t["index"]]),
-            backend(device)[0]: (layer, operands, [t["index"]]),
-            f"GELU MLP {4 * D}": (mlp, [t["x"], up, down], []),
-            f"SwiGLU {4 * D}": (swiglu, [t["x"], gated_up, down], [])}
-    item = t["x"].element_size()
-    source, target = torch.ones(2, 2**26 // item, device=device, dtype=dtype)
-    copy = 2 * source.nbytes / median_ms(lambda: target.copy_(source), device) / 1e6
-    print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(dtype)[6:]}: {R} rows of {D * item} bytes, forward gathers "
-          f"2 x {N * J} of them; copying runs at {copy:.1f} GB/s")
-    print(f"{'':20}{'forward':>10}{'+backward':>11}{'speed':>9}{'extra':>9}{'rows':>10}{'of copy':>9}\n"
-          f"{'':20}{'ms':>10}{'ms':>11}{'':>9}{'MB':>9}{'GB/s':>10}")
-    slowest = None
-    for name, (fn, inputs, rest) in rows.items():
-        def both():
-            gradients(lambda *a: fn(*a, *rest), t["dy"], *inputs)
+    t = random_layer(N, D, C, n, k, **kind)
+    index, dy, operands = t["index"], t["dy"], [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    up, gated_up = (normal(m * width, D, std=D ** -0.5, **kind) for m in (1, 2))
+    down = normal(D, width, std=width ** -0.5, **kind)
+    layers, own = {"reference gather": layer_reference, "torch": layer}, backend(**kind)[0] == "triton"
+    if own:
+        torch.compiler.reset()
+        layers |= {"reference compiled": torch.compile(layer_reference, dynamic=False), "triton": layer}
+    rows = {name: (lambda *a, fn=fn: fn(*a, index), dy, *operands) for name, fn in layers.items()}
+    rows[f"GELU MLP {width}"] = mlp, dy, t["x"], up, down
+    rows[f"SwiGLU {width}"] = swiglu, dy, t["x"], gated_up, down
+    for name, fn in (("reference top-k", product_topk_reference), ("top-k", product_topk)):
+        rows[name] = lambda s, fn=fn: fn(s, k)[0], t["gates"].view(N, C, k), t["scores"]
+    print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(dy.dtype)[6:]}: forward gathers 2 x {index.numel()} of "
+          f"{len(t['w_in'])} rows of {dy[0].nbytes} bytes\n"
+          f"{'':20}  forward  +backward    speed    extra   peak/     rows   of\n"
+          f"{'':20}       ms         ms                MB  needed     GB/s copy")
+    for name, (fn, dy, *inputs) in rows.items():
+        with mock.patch(f"{__name__}._runs_triton", lambda *key: own and name != "torch"):
+            forward, total, extra, trouble = measure(fn, dy, *inputs)
+        baseline = total if name in ("reference gather", "reference top-k") else baseline
+        results = sum(t.nbytes for t in (dy, *inputs))          # the output, and a gradient for every input
+        given = results + (index.nbytes if name in layers else 0)
+        line = (f"{name:20}{forward:9.2f}{total:11.2f}{baseline / total:8.1f}x{extra / 1e6:9.0f}"
+                f"{(given + extra) / (given + results):8.2f}")
+        if name in layers:
+            speed = 2 * index.numel() * dy[0].nbytes / forward / 1e6
+            line += f"{speed:9.0f}{speed / copy:5.0%}"
+        print(line + trouble, flush=True)
 
-        with torch.no_grad():
-            forward = median_ms(lambda: fn(*inputs, *rest), device)
-        total = median_ms(both, device)
-        slowest = slowest or total
-        extra = peak_bytes(both, device) / 1e6
-        line = f"{name:20}{forward:10.1f}{total:11.1f}{slowest / total:8.1f}x{extra:9.0f}"
-        if rest:
-            gathered = 2 * N * J * D * item / forward / 1e6
-            line += f"{gathered:10.1f}{gathered / copy:9.0%}"
-        print(line, flush=True)
-    scores = t["scores"]
-    for name, fn in (("top-k", product_topk), ("top-k of n*n sums", product_topk_reference)):
-        with torch.no_grad():
-            print(f"{name:20}{median_ms(lambda: fn(scores, k), device):10.1f}", flush=True)
+
+def gather_bandwidth(device: str) -> None:
+    """M1: does a table that fits into the L2 cache pay? Rows of 1536 bytes, drawn at random."""
+    kind, N, J, D = dict(device=device, dtype=torch.bfloat16), 2**15, 64, 768
+    coef, x = normal(N, J, **kind), normal(N, D, **kind)
+    print(f"\nrandom rows of {2 * D} bytes, GB/s\n{'table MB':>10}{'gather_sum':>12}{'gather_dot':>12}")
+    for size in (6, 12, 24, 48, 96, 190, 381):
+        weight = normal(size * 10**6 // (2 * D), D, **kind)
+        index = torch.randint(len(weight), (N, J), dtype=torch.int32, device=device)
+        speeds = [2 * N * J * D / 1e6 / median_ms(lambda: fn(a, weight, index))
+                  for fn, a in ((gather_sum, coef), (gather_dot, x))]
+        print(f"{size:10}{speeds[0]:12.0f}{speeds[1]:12.0f}", flush=True)
+
+
+@torch.no_grad()
+def routing(path: Path, device: str) -> None:
+    """M2: would a kernel pay that reads the n rows of a sub-key together? Prints for each layer how many
+    sub-keys the k picks of a token and channel have (least: the smaller of first and second), how uneven the
+    loads of neurons and of sub-keys are, and what share of all picks the 64 busiest neurons get.
+    """
+    from model import GPT, load_checkpoint
+    from train import Data, TrainConfig
+    state = load_checkpoint(path)
+    cfg = TrainConfig(**state["config"])
+    C, n = cfg.n_channels, math.isqrt(cfg.n_experts)
+    if cfg.ffn != "sgatlin" or not cfg.router.startswith("product"):
+        raise SystemExit(f"kernels: {path} has no product keys: ffn={cfg.ffn}, router={cfg.router}")
+    model, data, seen = GPT(cfg).to(device), Data(cfg), [[] for _ in range(cfg.n_layer)]
+    model.load_state_dict(state["model"])
+    for picks, block in zip(seen, model.blocks):
+        block.ffn.router.register_forward_hook(lambda module, args, out, picks=picks: picks.append(out[1]))
+    windows, _ = data.windows("val", data.val_batch(), device)          # (B, T)
+    for part in windows.split(8):
+        model(part.to(device))
+    print(f"\nrouting of {windows.numel()} validation tokens, C={C}, E={n} x {n}, k={cfg.top_k}\n"
+          "layer    different sub-keys     max / mean load     busiest\n"
+          "        first second  least  neuron  first second        64")
+    for number, picks in enumerate(seen):
+        ids = torch.cat(picks)                                  # (N, C, k)
+        first, second = (1.0 + half.sort().values.diff().ne(0).sum(-1) for half in (ids // n, ids % n))
+        rows = ids + torch.arange(0, C * n * n, n * n, device=device)[:, None]
+        load = rows.flatten().bincount(minlength=C * n * n).double().view(C, n, n)
+        values = [first.mean(), second.mean(), first.minimum(second).mean(),
+                  *(part.max() / part.mean() for part in (load, load.sum(2), load.sum(1)))]
+        share = load.flatten().topk(64).values.sum() / load.sum()
+        print(f"{number:<6}" + "".join(f"{value:7.2f}" for value in values) + f"{share:10.1%}", flush=True)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Check the kernels against the reference, then time them.").parse_args()
+    parser = argparse.ArgumentParser(description="Check the kernels against the reference, then time them.")
+    parser.add_argument("--checkpoint", type=Path, help="of train.py: also print how its routers choose")
+    args = parser.parse_args()
+    sys.modules["kernels"] = sys.modules[__name__]      # model.py imports this file, which runs already
+    from model import GPTConfig
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, reason = backend(device)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; kernels: {name}, {reason}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads; kernels: {name}, {reason}")
     for dtype in (torch.float32, torch.bfloat16):
         print(f"{name} against the reference in float64, {str(dtype)[6:]}:")
         check(device, dtype)
-    benchmark(device, 4096, 256, 8, 32, 8, torch.float32)
+    source, target = torch.ones(2, 2**28 if device == "cuda" else 2**24, device=device)
+    copy = 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
+    del source, target
+    print(f"copying runs at {copy:.0f} GB/s")
+    if device == "cuda":
+        kind = dict(device=device, dtype=torch.bfloat16)
+        benchmark(262144, 256, 8, 32, 8, 1024, copy, **kind)
+        for scale in (2, 4, 6):
+            cfg, dense = GPTConfig.ladder("sgatlin", scale), GPTConfig.ladder("swiglu", scale)
+            n = math.isqrt(cfg.n_experts)
+            benchmark(131072, cfg.d_model, cfg.n_channels, n, cfg.top_k, dense.d_ff, copy, **kind)
+        gather_bandwidth(device)
+    else:
+        benchmark(4096, 256, 8, 32, 8, 1024, copy, device=device, dtype=torch.float32)
+        print("skipped, for torch sees no CUDA device: the full-size tables and the gather bandwidth")
+    if args.checkpoint:
+        routing(args.checkpoint, device)
 
 
 if __name__ == "__main__":

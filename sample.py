@@ -61,12 +61,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="sample from the likeliest tokens that make up this probability (default: 0.95)")
     parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: 1337)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.error = lambda message: parser.exit(2, f"sample.py: {message} (--help lists the settings)\n")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no CUDA device")
     for name, ok, bound in (("num_samples", args.num_samples > 0, "positive"), ("top_k", args.top_k >= 0, "0 or more"),
                             ("max_new_tokens", args.max_new_tokens > 0, "positive"),
-                            ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
+                            ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < float("inf"),
+                             "0, or 1e-6 or more"),
+                            ("seed", 0 <= args.seed < 2**63, "0 or more, and less than 2**63"),
                             ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1")):
         if not ok:
             parser.error(f"--{name}={getattr(args, name)} must be {bound}")
@@ -75,8 +78,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def read_prompt(prompt: str | None) -> str:
     if prompt is None:
-        return input("prompt> ") if sys.stdin.isatty() else ""
-    return Path(prompt[5:]).read_text(encoding="utf-8") if prompt.startswith("FILE:") else prompt
+        return input("prompt> ") if sys.stdin and sys.stdin.isatty() else ""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        return Path(prompt[5:]).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{prompt}: the file is not UTF-8 text") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,16 +99,16 @@ def main(argv: list[str] | None = None) -> None:
             if args.num_samples > 1:
                 print(f"--- sample {i + 1}")
             print(prompt, end="", flush=True)
-            start, count = time.perf_counter(), 0
-            for text in stream(model, encoding, prompt, args.max_new_tokens, temperature=args.temperature,
-                               top_k=args.top_k, top_p=args.top_p, generator=generator):
+            start = time.perf_counter()
+            pieces = stream(model, encoding, prompt, args.max_new_tokens, temperature=args.temperature,
+                            top_k=args.top_k, top_p=args.top_p, generator=generator)
+            for count, text in enumerate(pieces):       # the last piece is no token: it ends the text
                 print(text, end="", flush=True)
-                count += 1
             print(f"\n[{count} tokens, {count / (time.perf_counter() - start):.0f} tok/s]", flush=True)
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        raise SystemExit(130) from None
     except (OSError, ValueError) as error:
         raise SystemExit(f"sample.py: {error}") from None
-    except (KeyboardInterrupt, EOFError):
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

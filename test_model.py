@@ -1,17 +1,48 @@
 """python -m pytest -q test_model.py
 
 What the tests compare with: numbers of the paper's own JAX code (golden), one-line references in float64,
-finite differences, other libraries (tiktoken's own trainer), and the program run a second time in another way.
+finite differences, other libraries (tiktoken's own trainer), and the program run again in another way.
 """
+import base64
+import collections
 import dataclasses
+import errno
+import gzip
+import http.server
+import itertools
+import json
+import lzma
 import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+import tiktoken
 import torch
+from tiktoken._educational import bpe_train
+from torch.utils.checkpoint import checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and __name__ != "__main__":     # Triton reads this where kernels are defined: it interprets them
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import kernels
-from model import FFN, GPT, ROUTERS, Attention, GPTConfig, KVCache, Router
+import prepare_data
+import sample
+import train
+from model import (FFN, GPT, ROUTERS, Attention, GPTConfig, KVCache, Router, SparselyGatedLinear,
+                   save_checkpoint)
 
 # -----------------------------------------------------------------------------------------------------------
 # golden numbers: outputs and gradients of the paper's JAX code on weights from a formula
@@ -85,7 +116,8 @@ def to_ours(kind, p):
         D = p["output_projection/kernel"].shape[-1]
         qkv = [p[f"{name}_projection/kernel"].reshape(D, -1).T for name in ("query", "key", "value")]
         ours = {"qkv.weight": np.concatenate(qkv),
-                "out.weight": p["output_projection/kernel"].reshape(-1, D).T, "q_norm.scale": p["query_norm/scale"], "k_norm.scale": p["key_norm/scale"]}
+                "out.weight": p["output_projection/kernel"].reshape(-1, D).T,
+                "q_norm.scale": p["query_norm/scale"], "k_norm.scale": p["key_norm/scale"]}
     elif kind == "mlp":
         ours = {"up.weight": p["Dense_0/kernel"].T, "down.weight": p["Dense_1/kernel"].T}
     elif kind == "swiglu":
@@ -520,3 +552,818 @@ def test_cache_equals_the_full_forward():
         torch.testing.assert_close(logits, full[:, start:len(cache)], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="13 tokens exceed block_size=12"):
         model(idx[:, :1], cache=cache)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# triton: compiled on a GPU, interpreted without one
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SIZES = dict(D=(16, 48, 80), k=(1, 3, 8), C=(1, 2), n=(3, 5, 11), N=(1, 7),
+             types=((FP32, FP32), (BF16, BF16), (BF16, FP32)), picks=("random", "one row", "repeated"))
+
+
+def covering(sizes):
+    """A few of all combinations with k <= n, in which any two values of any two sizes meet (greedy)."""
+    k, n = (list(sizes).index(name) for name in "kn")
+    meetings = {case: set(itertools.combinations(enumerate(case), 2))
+                for case in itertools.product(*sizes.values()) if case[k] <= case[n]}
+    chosen, missing = [], set().union(*meetings.values())
+    while missing:
+        chosen.append(max(meetings, key=lambda case: len(meetings[case] & missing)))
+        missing -= meetings[chosen[-1]]
+    return chosen
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """The kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
+    if kernels.triton is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(kernels, "_runs_triton", lambda *key: True)
+    monkeypatch.setattr(kernels, "SPLIT", 6)
+    one = torch.ones(1, 1, device=DEVICE)
+    try:
+        kernels.gather_sum(one, one, one.int() - 1)
+    except Exception as error:
+        if "only 0-dimensional arrays" not in str(error):
+            raise
+        pytest.skip("the interpreter of this triton needs numpy < 2.4")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(ours, truth, dtype):
+    error = (ours.cpu().double() - truth).norm()            # NaN if an element was never written
+    assert ours.dtype == dtype and error <= (1e-6 if dtype == FP32 else 1e-2) * truth.norm()
+
+
+@pytest.mark.parametrize(",".join(SIZES), covering(SIZES))
+def test_triton_equals_the_reference(on_triton, D, k, C, n, N, types, picks):
+    (dtype, table_dtype), R, J = types, C * n * n, C * k
+    index = torch.randint(0, R, (N, J), dtype=torch.int32)
+    if picks != "random":
+        index = torch.full_like(index, R // 2) if picks == "one row" else index[:1, :1] // 2 + index % 2
+    flat = index.flatten().long()
+    unused = flat.bincount(minlength=R) == 0
+    x, coef = torch.randn(D, N).to(dtype).T, torch.randn(N, 1).to(dtype).expand(N, J)  # strided
+    weight = torch.randn(R, D).to(table_dtype).masked_fill(unused[:, None], float("nan"))  # nobody may read
+    rows, pairs = weight.double()[index.long()], coef.double()[..., None] * x.double()[:, None]
+    a, c, w, i = (t.to(DEVICE) for t in (x, coef, weight, index))
+    agree(kernels.gather_dot(a, w, i), (x.double()[:, None] * rows).sum(-1), table_dtype)
+    agree(kernels.gather_sum(c, w, i), (coef.double()[..., None] * rows).sum(1), table_dtype)
+    by_row = kernels.transpose_index(i, R)
+    grads = [kernels.table_grad_triton(c, a, *by_row) for _ in range(2)]
+    agree(grads[0], torch.zeros(R, D).double().index_add_(0, flat, pairs.flatten(0, 1)), dtype)
+    assert torch.equal(*grads) and not grads[0].cpu()[unused].any()     # the same bits again; exactly zero
+
+
+def test_triton_gradients_of_a_layer(on_triton):
+    t = kernels.random_layer(30, 48, 2, 3, 3, device=DEVICE, dtype=FP32)    # about 10 pairs in a row
+    dy, index, operands = t["dy"], t["index"], [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    ours = kernels.gradients(lambda *a: kernels.layer(*a, index), dy, *operands)
+    truth = kernels.gradients(lambda *a: kernels.layer_reference(*a, index.cpu()),
+                              *(o.double().cpu() for o in (dy, *operands)))
+    for a, b in zip(ours, truth):
+        agree(a, b, FP32)
+    nothing = kernels.transpose_index(index[:0], 18)
+    assert not kernels.table_grad_triton(t["gates"][:0], t["x"][:0], *nothing).any()
+
+
+def stable_topk(scores, k):
+    """Of equal scores the lower position comes first, as in jax.lax.top_k."""
+    half, at = (t[..., :k] for t in scores.sort(descending=True, stable=True))
+    sums = (half[..., 0, :, None] + half[..., 1, None, :]).flatten(-2)
+    gates, place = (t[..., :k] for t in sums.sort(descending=True, stable=True))
+    i, j = (at[..., s, :].gather(-1, p) for s, p in enumerate((place // k, place % k)))
+    return gates, i * scores.shape[-1] + j
+
+
+@pytest.mark.parametrize("dtype, k, C, n, N", [
+    *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}), (BF16, 16, 1, 131, 1)])
+def test_triton_topk(on_triton, dtype, k, C, n, N):
+    # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter does not round as a GPU does.
+    eighths = torch.randint(-63, 64, (N, C, 2, n)) / 8
+    for scores in [eighths] + [torch.randn(N, C, 2, n)] * (dtype == FP32 or DEVICE == "cuda"):
+        scores = scores.to(dtype)
+        gates, ids = (t.cpu() for t in kernels.product_topk(scores.to(DEVICE), k))
+        truth, places = stable_topk(scores, k)
+        assert torch.equal(gates, truth) and torch.equal(ids.long(), places)
+    grad, halves = torch.randn(N, C, k).to(dtype), torch.stack((places // n, places % n), -2)
+    values = grad.double().unsqueeze(2).expand_as(halves)
+    truth = torch.zeros(N, C, 2, n).double().scatter_add_(-1, halves, values)
+    agree(kernels.product_topk_grad_triton(grad.to(DEVICE), ids.to(DEVICE), n), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_triton_topk_of_any_scores_is_in_range(on_triton, dtype):
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])[torch.randint(0, 7, (4, 1, 2, 11))]
+    scores[2:] = torch.tensor([nan, -inf])[:, None, None, None]
+    ids = kernels.product_topk(scores.to(DEVICE, dtype), 8)[1].cpu()
+    assert ids.min() >= 0 and ids.max() < 121 and ids.sort().values.diff().all()
+
+
+def compiled_kernels(T, D):
+    """(kernel, pointers, constants) as the launchers pass them; other arguments are 32-bit integers."""
+    row = dict(coef=T, index="*i32", table=T, out=T)
+    tile = dict(D=D, PAIRS=kernels.SUM_PAIRS, COLS=kernels.SUM_COLS, SPLIT=kernels.SPLIT)
+    yield (kernels.gather_dot_kernel, dict(x=T, weight=T, index="*i32", out=T),
+           dict(D=D, SLOTS=kernels.DOT_SLOTS, COLS=min(D, kernels.DOT_COLS)))
+    if D in (128, 768, 1024):
+        yield kernels.segment_sum_kernel, row | dict(starts="*i64", ends="*i64"), tile | dict(partial=None)
+        yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
+    if D == 128:
+        yield kernels.product_topk_kernel, dict(scores=T, gates=T, ids="*i32"), dict(K=8, KP=8, NP=128)
+        yield kernels.product_topk_grad_kernel, dict(grad=T, ids="*i32", out=T), dict(K=8, NP=128)
+
+
+def resources(kernel, pointers, constants, arch):
+    """Registers, spilled bytes and shared bytes."""
+    triton, names = kernels.triton, kernel.arg_names
+    source = triton.compiler.ASTSource(
+        kernel, {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "ends"})
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=dict(num_warps=1, enable_fp_fusion=True))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups())
+    return registers, stack + local, compiled.metadata.shared
+
+
+def compile_all():
+    for T, D, arch in itertools.product(("*bf16", "*fp32"), (128, 256, 512, 768, 1024), (80, 90)):
+        for kernel, *arguments in compiled_kernels(T, D):
+            registers, spilled, shared = resources(kernel, *arguments, arch)
+            print(f"{kernel.fn.__name__:25}{T[1:]:5} D={D:<5} sm_{arch}  {registers} registers, {spilled} spilled, "
+                  f"{shared} shared", flush=True)
+            assert not spilled
+
+
+def test_triton_compiles_without_spills():      # in a process of its own, in which Triton does not interpret
+    if kernels.triton is None or "nvidia" not in kernels.triton.backends.backends:
+        pytest.skip("no triton with ptxas")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_tensors_never_reach_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "launch", None)            # calling it would raise
+    layer = SparselyGatedLinear(GPTConfig(d_model=64, n_experts=25, top_k=3))
+    layer(torch.randn(2, 6, 64)).sum().backward()
+    assert kernels.backend("cpu") == ("torch", "the device is cpu")
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_backend_gives_a_reason(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.backend("cuda", BF16)[0] == "triton"
+    kernels._runs_triton.cache_clear()
+    assert [kernels._runs_triton("cuda", torch.float64) for _ in range(2)] == [False, False]
+    assert capsys.readouterr().out.endswith("the Triton kernels take float32 and bfloat16, not float64\n")
+    kernels._runs_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 8.0")
+    monkeypatch.setattr(kernels, "triton", None)
+    assert kernels.backend("cuda") == ("torch", "triton is not installed")
+
+
+def test_layer_compiles_once_and_can_be_checkpointed():
+    torch.manual_seed(0)
+    layer = SparselyGatedLinear(GPTConfig(d_model=64, n_experts=25, top_k=3, n_channels=2)).to(DEVICE)
+    x, dy = torch.randn(2, 2, 6, 64, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True)
+
+    def results(fn):
+        y = fn(x.requires_grad_())
+        return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+    runs = [results(compiled), results(lambda x: checkpoint(layer, x, use_reentrant=False))]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        runs.append(results(compiled))
+    for run in runs:
+        torch.testing.assert_close(run, results(layer), atol=1e-5, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# prepare_data.py
+
+SCRIPT = prepare_data.__file__
+STORY = "Lily, a girl, found a ball. Ben's dog ran to the red ball!\n  'Oh,' said Lily, 'it is my ball.'\n"
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def part_text(folder, part):
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = prepare_data.load_tokenizer((folder / "tokenizer.tiktoken").read_text(), meta["pat_str"])
+    ids = np.fromfile(folder / f"{part}.bin", meta["dtype"])
+    assert len(ids) == meta[f"{part}_tokens"] and ids.max() < meta["vocab_size"] == tokenizer.n_vocab
+    return tokenizer.decode(ids.tolist())
+
+
+def numbered_stories(path, n=100):
+    rng = random.Random(0)
+    stories = [f"Story {i}. " + " ".join(rng.choices(STORY.split(), k=20)) + "\n" for i in range(n)]
+    path.write_text("<|endoftext|>\n".join(stories))
+    return stories
+
+
+TEXTS = {
+    "stories": STORY * 3,
+    "ties": "ab ba cd dc abab baba cdcd dcdc",
+    "runs": " ".join("a" * n for n in range(1, 20)) + "\n" + " " * 41 + "b" * 23 + "\n\n\n\n" + "=" * 33,
+    "unicode": "naïve façade – 日本語日本 🙂🙂🙂 été\tété\r\n" * 2 + "\0\0\0x",
+    "letters": "".join(random.Random(1).choices("aab b", k=600)),
+}
+
+
+@pytest.mark.parametrize("pattern", [prepare_data.PATTERN, r"(?s).+"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_bpe_is_that_of_tiktoken(name, pattern):
+    words = collections.Counter(regex.findall(pattern, TEXTS[name]))
+    longest = list(prepare_data.train_bpe(words, 10**12))
+    for vocab_size in {256, 257, 280, (256 + len(longest)) // 2, len(longest)}:
+        if vocab_size <= len(longest):
+            ours = prepare_data.train_bpe(words, vocab_size)
+            assert list(ours.values()) == list(range(vocab_size))
+            assert list(ours) == list(bpe_train(TEXTS[name], vocab_size, pattern, visualise=None))
+    with pytest.raises(ValueError):  # and it has no further merge either
+        bpe_train(TEXTS[name], len(longest) + 1, pattern, visualise=None)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_every_text_comes_back(tmp_path, kind):
+    (tmp_path / "a.txt").write_text(STORY * 5)
+    meta = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", kind, vocab_size=300)
+    ranks_text = (tmp_path / "out/tokenizer.tiktoken").read_text()
+    tokenizer = prepare_data.load_tokenizer(ranks_text, meta["pat_str"])
+    rng = random.Random(2)
+    codes = [*range(128), *rng.sample(range(128, 0xD800), 2000), *range(0xE000, 0x110000, 999)]
+    anything = "".join(map(chr, codes))
+    texts = ["".join(rng.choices(some, k=50)) for some in (anything, " \n\r\ta.1é") for _ in range(300)]
+    texts += [c * 1_500_000 + "a" for c in " \n.a1"] + ["a <|endoftext|> b", ""]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.eot_token == tokenizer.n_vocab - 1 == meta["eot"]
+    assert tokenizer.eot_token not in tokenizer.encode_ordinary("<|endoftext|>")
+
+
+def test_gpt2(tmp_path):
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception:
+        pytest.skip("the gpt2 tokenizer is neither cached nor within reach")
+    (tmp_path / "a.txt").write_text(STORY * 5)
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "gpt2")
+    ids = [token for part in ("train", "val") for token in np.fromfile(tmp_path / f"out/{part}.bin", "<u2")]
+    assert ids.count(50256) == 2 and gpt2.decode(ids).replace("<|endoftext|>", "") == STORY * 5
+    assert "".join(part_text(tmp_path / "out", part) for part in ("train", "val")) == gpt2.decode(ids)
+
+
+def test_no_document_is_in_both_parts_and_none_is_lost(tmp_path):
+    stories = numbered_stories(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text(stories[3])  # once more, in another file
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    meta = prepare_data.prepare([str(tmp_path / "*.txt")], tmp_path / "out", vocab_size=300, val_fraction=0.1)
+    train, val = (part_text(tmp_path / "out", part).split("<|endoftext|>")[:-1] for part in ("train", "val"))
+    assert (len(train), len(val)) == (90, 10) == (meta["train_docs"], meta["val_docs"])
+    assert sorted(train + val) == sorted(stories)
+    assert (meta["skipped"], meta["duplicates"]) == (1, 1)
+    assert meta["train_bytes"] == len("".join(train)) and meta["val_bytes"] == len("".join(val))
+    assert [s for s in stories if s in val] == val  # in the order of the text, not of the hashes
+
+
+def test_tokenizer_does_not_see_validation(tmp_path):
+    stories = numbered_stories(tmp_path / "a.txt")
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300, val_fraction=0.3)
+    words = collections.Counter()
+    for story in part_text(tmp_path / "out", "train").split("<|endoftext|>"):
+        words.update(regex.findall(prepare_data.PATTERN, story))
+    text = "".join(f"{prepare_data.base64.b64encode(token).decode()} {rank}\n"
+                   for token, rank in prepare_data.train_bpe(words, 299).items())
+    assert text == (tmp_path / "out/tokenizer.tiktoken").read_text() and len(stories) == 100
+
+
+def test_two_runs_agree_on_any_number_of_cores(tmp_path, monkeypatch):
+    numbered_stories(tmp_path / "a.txt")
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / f"out{cores}", vocab_size=300)
+    assert files_of(tmp_path / "out1") == files_of(tmp_path / "out5")
+    assert sorted(files_of(tmp_path / "out1")) == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
+    other = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out1", vocab_size=301)
+    assert other["fingerprint"] != json.loads((tmp_path / "out5/meta.json").read_text())["fingerprint"]
+
+
+def test_single_document_is_cut(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 20)
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=260, val_fraction=0.25)
+    train, val = (part_text(tmp_path / "out", part) for part in ("train", "val"))
+    assert train + val == STORY * 15 + "<|endoftext|>" + STORY * 5 + "<|endoftext|>"
+
+
+def test_formats(tmp_path):
+    texts = {"a.txt": "plain\r\ntext é", "b.md": "# mark", "c.txt.gz": "zipped", "d.md.xz": "squeezed"}
+    opens = {".gz": gzip.open, ".xz": lzma.open}
+    for name, text in texts.items():
+        with opens.get(Path(name).suffix, open)(tmp_path / name, "wb") as file:
+            file.write(b"\xef\xbb\xbf" * (name == "a.txt") + text.encode())
+    with gzip.open(tmp_path / "e.jsonl.gz", "wt") as file:
+        file.write('{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n')
+    (tmp_path / "f.py").write_bytes("# coding: latin-1\n'é'\n<|endoftext|>\n".encode("latin-1"))
+    (tmp_path / "g.py").write_bytes(b"# coding: nonsense\n")
+    (tmp_path / "h.bin").write_bytes(b"not in a folder's text")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/i.txt").write_text("hidden")
+    meta = prepare_data.prepare([str(tmp_path)], tmp_path / "out", "bytes")
+    got = part_text(tmp_path / "out", "train") + part_text(tmp_path / "out", "val")
+    want = [*texts.values(), "one\nline", "two ?", "# coding: latin-1\n'é'\n<|endoftext|>\n"]
+    assert all(text + "<|endoftext|>" in got for text in want)
+    assert len(got) == len("<|endoftext|>".join([*want, ""]))
+    assert meta["skipped"] == 1 and meta["train_docs"] + meta["val_docs"] == 7
+
+
+def test_full_disk_leaves_the_old_data(tmp_path, monkeypatch):
+    numbered_stories(tmp_path / "a.txt")
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300)
+    before = files_of(tmp_path / "out")
+
+    class Full(list):
+        def __exit__(self, *_): pass
+        def __enter__(self): return self
+        def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_data, "open", raising=False,
+                        value=lambda path, mode: Full() if path.name == "val.bin" else open(path, mode))
+    with pytest.raises(OSError, match="No space left on device: .*out is as it was"):
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=280)
+    assert files_of(tmp_path / "out") == before
+
+
+def command(folder, *args, **env):
+    done = subprocess.run([sys.executable, SCRIPT, *args], cwd=folder, env={**os.environ, **env},
+                          capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+OFFLINE = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": "nowhere"}
+
+
+@pytest.mark.parametrize("args, code, message", [
+    (["nothing.txt"], 1, "nothing.txt: no such file"),
+    (["*.rst"], 1, "no such file, folder or match"),
+    (["empty.txt"], 1, "no text to train on in 1 files, 0 of them not UTF-8"),
+    (["binary.txt"], 1, "1 of them not UTF-8"),
+    (["emptydir"], 1, "no .txt, .md, .py or .jsonl files"),
+    (["bad.jsonl"], 1, 'bad.jsonl, line 2: not a JSON object with a string "text"'),
+    (["bad.txt.gz"], 1, "cannot read bad.txt.gz"),
+    (["a.txt", "--vocab_size", "256"], 1, "vocab_size 256 is too small"),
+    (["a.txt", "--vocab_size", "5000"], 1, "vocab_size 5000: the text supports at most "),
+    (["a.txt", "--val_fraction", "1"], 1, "val_fraction 1.0"),
+    (["a.txt", "--site_packages"], 1, "site_packages goes with the source python"),
+    (["a.txt", "--vocab_size=260", "--out_dir=empty.txt"], 1, "File exists: 'empty.txt'"),
+    (["a.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR"),
+    (["shakespeare"], 1, "save it by hand as data/shakespeare/input.txt"),
+    (["a.txt", "--vocab_size=300", "--tokenizer=bytes"], 2, "--vocab_size is for the bpe"),
+    (["a.txt", "--vocabsize=300"], 2, "--vocabsize"),
+    (["a.txt", "--vocab=300"], 2, "--vocab"),
+    (["a.txt", "--vocab_size=big"], 2, "big"),
+    (["a.txt", "--tokenizer=gpt3"], 2, "gpt3"),
+])
+def test_error_is_one_line(tmp_path, args, code, message):
+    (tmp_path / "a.txt").write_text(STORY)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
+    (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"hello" * 1000)[:-9])
+    (tmp_path / "emptydir").mkdir()
+    got, out, err = command(tmp_path, *args, **OFFLINE)
+    assert got == code and message in err and err.startswith("prepare_data: ") and err.count("\n") == 1, err
+    assert not list(tmp_path.glob("data/*/*.bin"))
+
+
+def test_command_line_says_what_is_next(tmp_path):
+    (tmp_path / "my tale.v2.txt").write_text(STORY * 3)
+    code, out, err = command(tmp_path, "my tale.v2.txt", "--vocab_size=270")
+    assert code == 0 and err == "" and "\r" not in out
+    assert out.endswith("wrote data/my tale; next: python train.py --data_dir='data/my tale'\n")
+    assert (tmp_path / "data/my tale/meta.json").exists()
+    assert "1 documents in 1 files: the end of the only" in out
+    assert "replaced data/my tale" in command(tmp_path, "my tale.v2.txt", "--vocab_size=260")[1]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `body`, but breaks off every reply after `limit` bytes; answers Range if `ranges`."""
+
+    def do_GET(self):
+        server, start = self.server, 0
+        asked = self.headers.get("Range")
+        server.asked.append(asked)
+        if server.ranges and asked:
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            if start >= len(server.body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(server.body) - start))
+        self.end_headers()
+        self.wfile.write(server.body[start:start + server.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.body, server.limit = random.Random(3).randbytes(700_000), 300_000
+    server.ranges, server.asked = True, []
+    server.url = f"http://127.0.0.1:{server.server_port}/a.txt"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_continues(tmp_path, server):
+    path, part = tmp_path / "new/a.txt", tmp_path / "new/a.txt.part"
+    for got in (300_000, 600_000):
+        with pytest.raises(OSError, match=f"got {got} of 700000 bytes.: run again to continue"):
+            prepare_data.download(server.url, path)
+        assert part.stat().st_size == got and not path.exists()
+    prepare_data.download(server.url, path)
+    assert path.read_bytes() == server.body and not part.exists()
+    assert server.asked == [None, "bytes=300000-", "bytes=600000-"]
+    prepare_data.download(server.url, path)
+    assert len(server.asked) == 3  # it is there: nothing is asked for
+
+
+def test_download_without_ranges_starts_over(tmp_path, server):
+    server.ranges = False
+    with pytest.raises(OSError, match="got 300000 of 700000"):
+        prepare_data.download(server.url, tmp_path / "a.txt")
+    server.limit = 700_000
+    prepare_data.download(server.url, tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == server.body and server.asked == [None, "bytes=300000-"]
+
+
+def test_download_of_another_size_is_thrown_away(tmp_path, server):
+    server.limit = 700_000
+    with pytest.raises(OSError, match="got 700000 of 800000"):
+        prepare_data.download(server.url, tmp_path / "a.txt", 800_000)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.txt.part").write_bytes(b"x" * 700_001)  # longer than the file
+    with pytest.raises(OSError, match="416"):
+        prepare_data.download(server.url, tmp_path / "a.txt")
+    prepare_data.download(server.url, tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == server.body
+
+
+def test_downloaded_source_uses_its_own_validation_file(tmp_path, monkeypatch, server):
+    monkeypatch.chdir(tmp_path)
+    server.body = b"\n<|endoftext|>\n".join(b"story %d" % i for i in range(9))
+    urls = [server.url.replace("a.txt", f"TinyStories-{part}.txt") for part in ("train", "valid")]
+    monkeypatch.setitem(prepare_data.DOWNLOADS, "tinystories", dict.fromkeys(urls))
+    Path("data/tinystories").mkdir(parents=True)
+    Path("data/tinystories/TinyStories-valid.txt").write_text("new\n<|endoftext|>\nstory 4")
+    meta = prepare_data.prepare(["tinystories"], "data/tinystories", "bytes")
+    assert part_text(Path("data/tinystories"), "val") == "new\n<|endoftext|>story 4<|endoftext|>"
+    assert meta["train_docs"] == 9 and "story 3" in part_text(Path("data/tinystories"), "train")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# training and sampling: the programs themselves, on the text of this folder's own .py files
+
+ROOT = Path(train.__file__).parent
+SMALL = ("--d_model=32 --d_head=16 --n_layer=2 --n_experts=64 --n_channels=4 --top_k=4 --d_key=16 --block_size=32 "
+         "--batch_size=4 --warmup_steps=3 --eval_sequences=6 --log_interval=1 --device=cpu").split()
+
+
+def start(program, *args, **env):
+    """Starts a program of this folder; torchrun if it is a number of processes and a program."""
+    count, program = program if isinstance(program, tuple) else (0, program)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"] if count else []
+    env = os.environ | dict(OMP_NUM_THREADS="1") | env
+    return subprocess.Popen([sys.executable, *torchrun, ROOT / program, *args], env=env, text=True, encoding="utf-8",
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the program ended without printing {text!r}")
+
+
+def finished(process, code=0):
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code, out
+    return out
+
+
+def run(out_dir, *args):
+    """train.py in this process, with one thread: numbers do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.main([*args, f"--out_dir={out_dir}"])
+    finally:
+        torch.set_num_threads(threads)
+    return out_dir
+
+
+def load(out_dir):
+    return torch.load(out_dir / "ckpt.pt", weights_only=True)
+
+
+def log(out_dir, event):
+    """Entries of one kind; every line is JSON, the settings come first, and no step comes twice."""
+    entries = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    keys = [(entry["event"], entry.get("step")) for entry in entries]
+    assert keys[0] == ("config", None) and len(set(keys)) == len(keys)
+    return [entry for entry in entries if entry["event"] == event]
+
+
+def assert_same_state(a, b):
+    """Two runs reached the same step with the same bits in every parameter and moment."""
+    a, b = load(a), load(b)
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for key, state in a["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, b["optimizer"]["state"][key][name]), (key, name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare_data.prepare([str(ROOT / "*.py")], folder, vocab_size=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Twenty steps without interruption, which the other runs are compared with."""
+    return run(tmp_path_factory.mktemp("trained"), *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10",
+               "--decay_fraction=0")
+
+
+def test_prepare_train_interrupt_resume_sample(tmp_path):
+    """What a newcomer does, through the command line; the interrupted run equals one that was left alone."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    finished(start("prepare_data.py", ROOT / "train.py", ROOT / "model.py", "--vocab_size=300", f"--out_dir={data}"))
+    args = [*SMALL, f"--data_dir={data}", "--steps=120", "--eval_interval=50", "--learning_rate=5e-3"]
+    process = start("train.py", *args, f"--out_dir={out}")
+    wait_for(process, "step     13/120")
+    process.send_signal(signal.SIGINT)
+    stopped = re.search(r"stopped and saved at step (\d+); to continue: python train.py --out_dir=\S+ --resume",
+                        finished(process, code=130))
+    assert load(out)["step"] == int(stopped[1]) < 120
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"event": "step", "step": 77}\n{"event": "st')         # what a kill can leave behind
+    printed = finished(start("train.py", "--resume", f"--out_dir={out}"))
+    assert "A sample:" in printed and f"next:  python sample.py --out_dir={out}" in printed
+    assert_same_state(out, run(tmp_path / "whole", *args))
+    assert [entry["step"] for entry in log(out, "step")] == list(range(1, 121))
+    evals = log(out, "eval")
+    assert [entry["step"] for entry in evals] == [0, 50, 100, 120]
+    assert {"step", "tokens", "flops", "seconds", "train_loss", "val_loss"} <= evals[-1].keys()
+    assert evals[-1]["tokens"] == 120 * 4 * 32 and evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.5
+    printed = finished(start("sample.py", f"--out_dir={out}", "--prompt=\u00e9", "--temperature=0", "--num_samples=2",
+                             "--max_new_tokens=40", PYTHONIOENCODING="ascii"))
+    first, second = re.findall(r"--- sample \d\n(\?.*?)\n\[\d+ tokens, \d+ tok/s\]", printed, re.S)
+    assert first == second and first.isascii() and len(first) > 20
+
+
+def test_two_processes_follow_one(data, trained, tmp_path):
+    printed = finished(start((2, "train.py"), *SMALL, f"--data_dir={data}", "--steps=20", "--decay_fraction=0",
+                             "--micro_batch_size=1", f"--out_dir={tmp_path}"))
+    assert printed.count("step     20/20 | loss") == 1          # only one of them prints
+    for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
+        one, two = ([entry[key] for entry in log(out, event) if entry["step"] in (*range(1, 20), 20)]
+                    for out in (trained, tmp_path))
+        assert one[-len(two):] == pytest.approx(two, rel=1e-4) if event == "step" else one[-1] == pytest.approx(
+            two[-1], rel=1e-4)
+    assert (load(tmp_path)["model"]["embedding.weight"] - load(trained)["model"]["embedding.weight"]).abs().max() < 1e-4
+
+
+def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    first = run(tmp_path / "first", *SMALL, f"--data_dir={data}", "--steps=7", "--eval_interval=3", "--decay_fraction=0")
+    out = first.rename(tmp_path / "moved")
+    run(out, "--resume", "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
+    assert_same_state(out, trained) and not first.exists()
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_kill_at_any_moment_leaves_a_checkpoint(data, trained, tmp_path):
+    """Each step saves, so that some of the kills come while a file is written."""
+    args, resume = [*SMALL, f"--data_dir={data}", "--steps=1000", "--decay_fraction=0", "--eval_interval=1"], []
+    for _ in range(3):
+        process = start("train.py", *args, f"--out_dir={tmp_path}", *resume)
+        wait_for(process, "| saved ")
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        step, resume = load(tmp_path)["step"], ["--resume"]
+    run(tmp_path, "--resume", f"--steps={step + 3}")
+    whole = run(tmp_path / "whole", *args, f"--steps={step + 3}", "--eval_interval=1000")
+    assert_same_state(tmp_path, whole)
+    assert [entry["step"] for entry in log(tmp_path, "eval")] == list(range(step + 4))
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, dict(step=1))
+
+    def full(state, partial):
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save_checkpoint(path, dict(step=2))
+    assert torch.load(path) == dict(step=1) and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    with pytest.raises(SystemExit, match=r"step \d+: the loss is .*nan.*ckpt.pt holds the last good state") as stop:
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--learning_rate=1e30", "--eval_interval=2", "--steps=50")
+    state = load(tmp_path)
+    assert state["step"] <= int(re.search(r"step (\d+)", stop.value.code)[1]) <= 10
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def fails(capsys, main, *args):
+    """The one line with which a program refuses, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    message = capsys.readouterr().err or f"{stop.value.code}\n"
+    assert message.count("\n") == 1 and (stop.value.code == 2 or main is sample.main)
+    return message
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--stepss=3", "unrecognized arguments: --stepss=3"), ("--step=3", "unrecognized arguments: --step=3"),
+    ("--steps=1e3", "argument --steps: invalid int value: '1e3'"), ("--steps=0", "steps=0 must be positive"),
+    ("--learning_rate=nan", "learning_rate=nan must be positive"), ("--flops=-1", "flops=-1.0 must be 0 or more"),
+    ("--flops=1e3", "flops=1000 buys no step"), ("--flops=1e9 --steps=5", "both set the steps: give one"),
+    ("--decay_fraction=2", "decay_fraction=2.0 must lie between"), ("--ffn=foo", "invalid choice: 'foo'"),
+    ("--n_experts=60", "must be a square for product keys: take 49 or 64"), ("--seed=-1", "seed=-1 must be"),
+    (f"--seed={2**63}", "must be less than"), ("--scale=-2", "no ffn='sgatlin' at scale=-2"),
+    ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"), ("--block_size=10000000", "too few for"),
+    ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
+    ("--resume --overwrite", "give one"), ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
+def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
+    args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
+    assert message in fails(capsys, train.main, *args) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--temperature=-1", "--temperature=-1.0 must be 0"), ("--top_p=0", "--top_p=0.0 must be above 0"),
+    ("--top_k=-1", "--top_k=-1 must be"), ("--max_new_tokens=0", "--max_new_tokens=0 must be positive"),
+    ("--prompt=FILE:{0}/none", "No such file"), ("--prompt=FILE:{0}/ckpt.pt", "not UTF-8"),
+    ("--out_dir=nowhere", "nowhere/ckpt.pt is missing: python train.py makes it")])
+def test_bad_sampling_is_one_line(args, message, trained, capsys):
+    assert message in fails(capsys, sample.main, f"--out_dir={trained}", args.format(trained))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def edit(path, old, new):
+    path.write_text(re.sub(old, new, path.read_text()))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda d: truncate(d / "train.bin"), r"train.bin has \d+ bytes, not the \d+ of meta.json"),
+    (lambda d: (d / "val.bin").unlink(), "val.bin is missing: python prepare_data.py"),
+    (lambda d: (d / "val.bin").write_bytes(b"\xff" * (d / "val.bin").stat().st_size), "token 65535, beyond vocab_size=300"),
+    (lambda d: truncate(d / "tokenizer.tiktoken"), "not, or not both, what prepare_data.py made"),
+    (lambda d: truncate(d / "meta.json"), "not, or not both, what prepare_data.py made"),
+    (lambda d: edit(d / "meta.json", ": 300", ": 600"), "not, or not both, what prepare_data.py made")])
+def test_damaged_data_is_one_line(damage, message, data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    damage(folder)
+    assert re.search(message, fails(capsys, train.main, *SMALL, f"--data_dir={folder}", f"--out_dir={tmp_path}/out"))
+
+
+def change(out_dir, **changes):
+    torch.save(load(out_dir) | changes, out_dir / "ckpt.pt")
+
+
+@pytest.mark.parametrize("damage, args, message", [
+    (lambda d: None, [], "holds a run: --resume continues it, --overwrite starts anew"),
+    (lambda d: (d / "ckpt.pt").unlink(), [], "holds a run: it has no checkpoint yet, --overwrite starts anew"),
+    (lambda d: None, ["--resume", "--d_model=64"], "--d_model=64 contradicts the checkpoint, which has 32"),
+    (lambda d: None, ["--resume", "--steps=19"], "--steps=19: the run in .* is already at 20"),
+    (lambda d: truncate(d / "ckpt.pt"), ["--resume"], "ckpt.pt is not a checkpoint of train.py"),
+    (lambda d: change(d, model={}), ["--resume"], "holds another model"),
+    (lambda d: change(d, data=dict(fingerprint="?")), ["--resume"], "is not the data that .* was trained on")])
+def test_runs_are_not_lost_or_mixed(damage, args, message, data, trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "out")
+    damage(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert re.search(message, fails(capsys, train.main, f"--out_dir={out}", f"--data_dir={data}", *args))
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    if not args:
+        run(out, *SMALL, f"--data_dir={data}", "--overwrite", "--steps=1")
+        assert load(out)["step"] == 1 and len(log(out, "step")) == 1
+
+
+@pytest.mark.parametrize("ffn", FFN)
+def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
+    """With as many steps as the budget buys, counted here once more for the MLP."""
+    sizes = [arg for arg in SMALL if ffn != "moe" or not arg.startswith(("--n_experts", "--top_k"))]
+    run(tmp_path, *sizes, f"--ffn={ffn}", "--d_ff=48", f"--data_dir={data}", "--flops=4e7", "--eval_interval=100")
+    steps = load(tmp_path)["step"]
+    per_token = 2 * (8 * 32 * 32 + 4 * 32 * 32 + 4 * 32 * 48)       # 2 layers: projections, attention, mlp
+    assert steps == int(4e7 // (3 * 4 * 32 * per_token)) if ffn == "mlp" else steps > 0
+    sample.main([f"--out_dir={tmp_path}", "--prompt=def ", "--max_new_tokens=3"])
+    assert re.search(r"\[[0-3] tokens, \d+ tok/s\]\n$", capsys.readouterr().out)
+
+
+def test_data_order_is_a_function_of_seed_and_step(data):
+    def new(seed):
+        return train.Data(train.TrainConfig(vocab_size=300, data_dir=str(data), seed=seed, batch_size=8, block_size=32))
+
+    one, steps = new(1), (new(1).n_windows() + 7) // 8
+    batches = [one.train_batch(step) for step in range(2 * steps)]
+    for step in (steps, 0, 3 * steps // 2):                         # in any order, from a fresh start
+        assert np.array_equal(new(1).train_batch(step), batches[step])
+        assert not np.array_equal(new(2).train_batch(step), batches[step])
+    epochs = np.split(np.concatenate(batches)[:2 * one.n_windows()], 2)
+    shifts = [np.unique(epoch % 32) for epoch in epochs]
+    assert all(len(shift) == 1 for shift in shifts)                 # an epoch cuts the text once, and
+    assert all(len(np.unique(epoch)) == one.n_windows() for epoch in epochs)    # takes each window once
+    assert shifts[0] != shifts[1]
+    tokens = np.fromfile(data / "train.bin", "<u2").astype(np.int64)
+    x, y = one.windows("train", batches[0], torch.device("cpu"))
+    for row, first in enumerate(batches[0]):
+        assert np.array_equal(x[row], tokens[first:first + 32]) and np.array_equal(y[row], tokens[first + 1:first + 33])
+
+
+def test_schedule_and_optimizer_are_those_of_the_paper():
+    cfg = train.TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
+    golden = {0: 0.0, 1: 9.999959729611874e-06, 50: 0.0005000000237487257, 99: 0.0009900000877678394,
+              100: 0.0010000000474974513, 799: 0.0010000000474974513, 800: 0.0010000000474974513,
+              801: 0.0009292893810197711, 850: 0.0005000000237487257, 900: 0.00029289323720149696,
+              999: 2.5031567929545417e-06, 1000: 0.0}
+    for step, lr in golden.items():
+        assert train.schedule(step, cfg) == pytest.approx(lr, abs=1e-8)
+    model = GPT(GPTConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, ffn="swiglu"))
+    decayed = {id(p): group["weight_decay"] for group in train.make_optimizer(model, cfg).param_groups
+               for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
+
+
+def test_sampling_equals_the_full_forward_and_slides(trained):
+    """Greedy tokens from the cache are those of a model without one, also beyond block_size."""
+    model, encoding = sample.load_model(trained / "ckpt.pt", "cpu")
+    prompt = encoding.encode("def forward(self, x):")
+    context, truth = prompt[-32:], []
+    for _ in range(80):
+        context = context[-16:] if len(context) > 32 else context       # a full context keeps its last half
+        truth.append(int(model(torch.tensor([context]))[0][0, -1, :300].argmax()))
+        context = context + truth[-1:]
+    greedy = list(model.generate(prompt, 80, temperature=0, vocab_size=300))
+    assert greedy == truth
+    generator = torch.Generator().manual_seed(0)
+    for cut in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
+        assert list(model.generate(prompt, 80, vocab_size=300, generator=generator, **cut)) == greedy
+    texts = ["".join(sample.stream(model, encoding, "x" * 500, 40, generator=torch.Generator().manual_seed(seed)))
+             for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stream_ends_at_endoftext_and_prints_whole_characters():
+    ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    encoding = prepare_data.load_tokenizer(ranks, prepare_data.PATTERN)
+
+    class Fixed:
+        def generate(self, tokens, max_new_tokens, vocab_size):
+            assert tokens == [256] and vocab_size == 257            # an empty prompt starts a document
+            yield from "\u00e9\U0001f389".encode() + b"\xf0\x9f" + b"a\xe2\x82"
+            yield from (256, 98)
+
+    pieces = list(sample.stream(Fixed(), encoding, "", 100))
+    assert pieces == ["", "\u00e9", "", "", "", "\U0001f389", "", "", "\ufffda", "", "", "\ufffd"]
+
+
+if __name__ == "__main__":
+    compile_all()
