@@ -412,13 +412,14 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, vocab_size: int = 0,
+                 top_p: float = 1.0, vocab_size: int = 0, first: list[int] | None = None,
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yields token ids that continue `tokens`, one at a time.
 
         temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution;
-        vocab_size (0: off) excludes the ids from there on, the padding of a vocabulary. When the context is
-        full it starts again from its last half, so positions stay within what the model was trained on.
+        vocab_size (0: off) excludes the ids from there on, the padding of a vocabulary; first, if given, are
+        the ids that the first new token may have. When the context is full it starts again from its last
+        half, so positions stay within what the model was trained on.
         """
         device, T = self.embedding.weight.device, self.cfg.block_size
         tokens = list(tokens[-T:])
@@ -427,8 +428,13 @@ class GPT(nn.Module):
             if len(cache) + len(feed) > T:
                 tokens = tokens[-max(T // 2, 1):]
                 cache, feed = KVCache(), tokens
-            logits = self(torch.tensor([feed], device=device), cache=cache)[0][0, -1]   # (V,)
-            token = sample(logits[:vocab_size or None], temperature, top_k, top_p, generator)
+            logits, _ = self(torch.tensor([feed], device=device), cache=cache)
+            logits = logits[0, -1, :vocab_size or None]                                 # (V,)
+            if first is not None:
+                excluded = torch.ones_like(logits, dtype=torch.bool)
+                excluded[first], first = False, None
+                logits = logits.masked_fill(excluded, -math.inf)
+            token = sample(logits, temperature, top_k, top_p, generator)
             tokens.append(token)
             feed = [token]
             yield token

@@ -38,14 +38,22 @@ def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens:
            **settings) -> Iterator[str]:
     """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
 
-    A string is empty while a token ends within a character; bytes that are no UTF-8 become U+FFFD.
+    A prompt may end within a token: "def " does, for the blank belongs to the next word. So its last token is
+    chosen anew, among those that begin with it, and the first string is what that adds. A string is empty
+    while a token ends within a character; bytes that are no UTF-8 become U+FFFD.
     """
-    tokens = encoding.encode(prompt, allowed_special={"<|endoftext|>"}) or [encoding.eot_token]
+    tokens, last = encoding.encode(prompt, allowed_special={"<|endoftext|>"}), b""
+    if tokens and tokens[-1] != encoding.eot_token:
+        last = encoding.decode_single_token_bytes(tokens.pop())
+        settings["first"] = [token for token in range(encoding.n_vocab - 1)
+                             if encoding.decode_single_token_bytes(token).startswith(last)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in model.generate(tokens, max_new_tokens, vocab_size=encoding.n_vocab, **settings):
+    for token in model.generate(tokens or [encoding.eot_token], max_new_tokens, vocab_size=encoding.n_vocab,
+                                **settings):
         if token == encoding.eot_token:
             break
-        yield decoder.decode(encoding.decode_single_token_bytes(token))
+        yield decoder.decode(encoding.decode_single_token_bytes(token)[len(last):])
+        last = b""
     yield decoder.decode(b"", final=True)
 
 
@@ -53,25 +61,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="folder of the run (default: out)")
-    parser.add_argument("--num_samples", type=int, default=1, help="continuations of the prompt (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="longest continuation (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from the k likeliest tokens; 0: off (default)")
+    parser.add_argument("--num_samples", type=int, default=1, help="continuations to write (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="of the longest (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from the k likeliest; 0: off (default)")
     parser.add_argument("--top_p", type=float, default=0.95,
-                        help="sample from the likeliest tokens that make up this probability (default: 0.95)")
+                        help="sample from the likeliest that make up this probability (default: 0.95)")
     parser.add_argument("--seed", type=int, default=1337, help="of the random numbers (default: 1337)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     parser.error = lambda message: parser.exit(2, f"sample.py: {message} (--help lists the settings)\n")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no CUDA device")
-    for name, ok, bound in (("num_samples", args.num_samples > 0, "positive"), ("top_k", args.top_k >= 0, "0 or more"),
-                            ("max_new_tokens", args.max_new_tokens > 0, "positive"),
-                            ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < float("inf"),
-                             "0, or 1e-6 or more"),
-                            ("seed", 0 <= args.seed < 2**63, "0 or more, and less than 2**63"),
-                            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1")):
-        if not ok:
+    warm = 1e-6 <= args.temperature < float("inf")
+    for name, good, bound in (("num_samples", args.num_samples > 0, "positive"),
+                              ("max_new_tokens", args.max_new_tokens > 0, "positive"),
+                              ("temperature", args.temperature == 0 or warm, "0, or 1e-6 or more"),
+                              ("top_k", args.top_k >= 0, "0 or more"),
+                              ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+                              ("seed", 0 <= args.seed < 2**63, "0 or more, and less than 2**63")):
+        if not good:
             parser.error(f"--{name}={getattr(args, name)} must be {bound}")
     return args
 
