@@ -435,7 +435,8 @@ def test_no_gathered_copy_is_made():
     t = layer_tensors(N=512, D=64, C=4, n=8, k=6)
     operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
     peak, reference = (
-        kernels.peak_bytes(lambda: kernels.gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands), "cpu")
+        kernels.peak_bytes(lambda: kernels.gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands),
+                           "cpu")
         for layer in (kernels.layer, kernels.layer_reference))
     N, J, D, R = 512, 24, 64, 256
     assert peak < 4 * (4 * N * D + 4 * R * D + 12 * N * J) < 4 * N * J * D < reference
@@ -1057,7 +1058,8 @@ def test_downloaded_source_uses_its_own_validation_file(tmp_path, monkeypatch, s
 
 ROOT = Path(train.__file__).parent
 SMALL = ("--d_model=32 --d_head=16 --n_layer=2 --n_experts=64 --n_channels=4 --top_k=4 --d_key=16 "
-         "--block_size=32 --batch_size=4 --warmup_steps=3 --eval_sequences=6 --log_interval=1 --device=cpu").split()
+         "--block_size=32 --batch_size=4 --warmup_steps=3 --eval_sequences=6 --log_interval=1 "
+         "--device=cpu").split()
 
 
 def start(program, *args, **env):
@@ -1387,7 +1389,8 @@ def test_prompt_may_end_within_a_token(trained):
         last = encoding.decode_single_token_bytes(tokens.pop())
         logits, _ = model(torch.tensor([tokens or [encoding.eot_token]]))
         order = logits[0, -1, :299].argsort(descending=True).tolist()
-        best = next(token for token in map(encoding.decode_single_token_bytes, order) if token.startswith(last))
+        texts = map(encoding.decode_single_token_bytes, order)
+        best = next(text for text in texts if text.startswith(last))
         pieces = list(sample.stream(model, encoding, prompt, 1, temperature=0))
         assert "".join(pieces).encode() == best[len(last):]
 

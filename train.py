@@ -167,12 +167,6 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
-    def wait(self) -> None:
-        """Until all are here. Needed at the end: a gloo process that exits right after a sum can hang, since a
-        thread of gloo wants Python's lock to drop the tensor, and the exit waits for it with that lock."""
-        if dist.is_initialized():
-            dist.barrier()
-
     def stop(self, message: str) -> typing.NoReturn:
         """Ends the run with one message. All processes must call it."""
         raise SystemExit(message if self.rank == 0 else 1)
@@ -532,7 +526,7 @@ def prepare(given: dict, device: str) -> Run:
         if processes.rank == 0 and not Path(cfg.data_dir, "meta.json").exists():
             print(f"There is no {cfg.data_dir}: preparing it from the Python standard library.", flush=True)
             prepare_data.prepare(["python"], cfg.data_dir)
-        processes.wait()
+        processes.sum(0)    # the others wait here
     data = Data(cfg)
     if saved and saved["data"]["fingerprint"] != data.meta["fingerprint"]:
         raise ValueError(f"{cfg.data_dir} is not the data that {path} was trained on: prepare that again")
@@ -578,7 +572,7 @@ def main(argv: list[str] | None = None) -> None:
         start_log(run, resumed)
         with signals_noted() as told:
             finished = train(run, resumed, told)
-            run.processes.wait()
+        run.wrapped = None      # before the process group: if DDP is its last owner, gloo can hang at the end
         if finished:
             finish(run)
         else:
