@@ -367,7 +367,7 @@ def write_bin(corpus, part, tokenizer, path, dtype, sha):
             counts[f"{part}_docs"] += len(batch)
         counts[f"{part}_bytes"] = phase.done
         phase.note = ", ".join(f"{count:,} {name[len(part) + 1:]}" for name, count in counts.items())
-    return counts
+    return dict(counts)
 
 
 def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.05, site_packages=False):

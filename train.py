@@ -376,11 +376,15 @@ class Run:
         return self.processes.sum(total)[0] / len(starts)
 
     def save(self) -> None:
-        if self.processes.rank == 0:
-            save_checkpoint(self.path, dict(
-                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-                seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg),
-                data=self.data.meta, tokenizer=self.data.tokenizer))
+        if self.processes.rank:
+            return
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+                     seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg),
+                     data=self.data.meta, tokenizer=self.data.tokenizer)
+        try:
+            save_checkpoint(self.path, state)
+        except RuntimeError as error:   # what torch.save makes of a full disk
+            raise OSError(f"cannot write {self.path}, is the disk full? ({error})") from None
 
     def write_log(self, **entry: float) -> None:
         if self.processes.rank == 0:
