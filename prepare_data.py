@@ -318,6 +318,8 @@ def load_tokenizer(ranks, pat_str):
     # not by tiktoken.load, which caches by path and could return an older file
     lines = (line.split() for line in ranks.splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("the ranks of the tokenizer are not 0, 1, 2, ...: it is damaged")
     special = {EOT: len(ranks)}
     return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
 
