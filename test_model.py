@@ -8,7 +8,9 @@ import collections
 import dataclasses
 import errno
 import gzip
+import html
 import http.server
+import importlib.util
 import itertools
 import json
 import lzma
@@ -37,12 +39,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and __name__ != "__main__":  # Triton reads it where kernels are defined
     os.environ["TRITON_INTERPRET"] = "1"
 
+import analyze
 import kernels
 import prepare_data
 import sample
 import train
 from model import (FFN, GPT, ROUTERS, Attention, GPTConfig, KVCache, Router, SparselyGatedLinear,
-                   save_checkpoint)
+                   load_checkpoint, save_checkpoint)
 
 # -----------------------------------------------------------------------------------------------------------
 # golden numbers: outputs and gradients of the paper's JAX code on weights from a formula
@@ -1407,6 +1410,233 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
 
     pieces = list(sample.stream(Fixed(), encoding, "", 100))
     assert pieces == ["", "\u00e9", "", "", "", "\U0001f389", "", "", "\ufffda", "", "", "\ufffd"]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# analyze.py: golden values, brute force, and a model whose circuits are planted
+
+@pytest.mark.parametrize("shape, tag, mix, value", [
+    ((12, 5, 7), 700, 0.0, 0.31252846), ((40, 6, 6), 710, 0.7, 0.96049237), ((8, 20, 3), 720, 0.0,
+                                                                             0.51489967),
+    ((30, 4, 4), 730, 1.0, 1.0)])
+def test_cka_is_that_of_the_paper(shape, tag, mix, value):
+    x = fill((shape[0], shape[1]), tag, 1.0, 0.25)
+    y = fill((shape[0], shape[2]), tag + 1, 1.0)
+    y = np.float32(-2 * mix * x + (1 - mix) * y) if mix else y
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert analyze.gram_cka(x @ x.T, y @ y.T) == pytest.approx(value, abs=1e-6)
+    assert analyze.gram_cka(torch.ones(shape[0], shape[0]), y @ y.T) == pytest.approx(0, abs=1e-6)
+
+
+def test_indirect_effect_is_that_of_the_paper():
+    clean, other = torch.tensor([[2, 3], [4, 5], [0, 9], [7, 7]]), torch.tensor([[1, 6], [8, 2], [3, 4],
+                                                                                 [5, 0]])
+    m = [analyze.preference(torch.from_numpy(fill((4, 10), tag, 3.0)), clean, other) for tag in (800, 801,
+                                                                                                 802)]
+    torch.testing.assert_close(torch.stack(m), torch.tensor([
+        [-1.7386129, 1.3296621, -2.8905149, 1.4141551], [1.6383874, -0.5330844, -0.5516553, -1.8771553],
+        [0.7976977, 0.5182257, 2.7331872, -3.6384275]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(analyze.indirect_effect(*m), torch.tensor([0.7510543, 0.4356129, 2.4044633,
+                                                                          1.5351280]),
+                               atol=1e-5, rtol=0)
+
+
+def test_similarity_equals_the_dense_product():
+    torch.manual_seed(0)
+    values, dense = torch.randn(300, 6), torch.zeros(300, 40)
+    rows = torch.stack([torch.randperm(40)[:6] for _ in range(300)]).int()
+    dense.scatter_(1, rows.long(), values)
+    torch.testing.assert_close(analyze.gram((values, rows), 40), dense @ dense.T, atol=1e-5, rtol=1e-5)
+    tokens = torch.randint(0, 3, (10, 30)).numpy()
+    contexts, window = analyze.contexts_of(tokens).view(10, 30), analyze.CONTEXT
+    for a, b in ((a, b) for a in range(10) for b in range(10)):
+        same = tokens[a, 20 - window + 1:21].tolist() == tokens[b, 15 - window + 1:16].tolist()
+        assert same == (contexts[a, 20] == contexts[b, 15])
+    unit = torch.nn.functional.normalize(dense)
+    contexts = torch.arange(300) // 2       # every context occurs twice
+    for query, near in enumerate(analyze.nearest(unit @ unit.T, torch.eye(300, dtype=torch.bool), contexts)):
+        order = [i for i in (unit @ unit[query]).argsort(descending=True).tolist() if i != query]
+        expected = list({i // 2: i for i in reversed(order)}.values())[::-1]
+        assert sorted(i for i, _ in near) == sorted(sorted(expected, key=order.index)[:analyze.NEIGHBORS])
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=20)
+    mean, half = analyze.jackknife(lambda keep: values[keep].mean(), 20)
+    assert mean == pytest.approx(values.mean()) and half == pytest.approx(1.96 * values.std(ddof=1) / 20**0.5)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A run whose letter 4a + b of a..p uses neuron 4a + b with gate 20 and 4a + (b+1) % 4 with 13, in
+    layer 0.
+
+    Neuron i writes the capital of letter i. Layer 1 writes nothing, attention is silent, all other tokens
+    are 0.
+    """
+    folder = tmp_path_factory.mktemp("planted")
+    rng = np.random.default_rng(0)
+    # two of each per window
+    letters = "".join("".join(rng.permutation(list("abcdefgh"))) for _ in range(16))
+    (folder / "text").mkdir()
+    (folder / "text/doc.txt").write_text("x")
+    meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
+    for part, text in (("train", ".aA.fF.kK" * 12 + ".pA" * 9), ("val", letters + "a")):
+        np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"]).tofile(folder / f"data/{part}.bin")
+        meta[f"{part}_tokens"] = len(text)
+    (folder / "data/meta.json").write_text(json.dumps(meta))
+    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16,
+                    n_channels=1,
+                    top_k=2, d_key=32)
+    model = GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_() if p.ndim > 1 else p.fill_(1)
+        for i in range(16):
+            model.embedding.weight[ord("a") + i, i] = model.embedding.weight[ord("A") + i, 16 + i] = 1
+        for block in model.blocks:
+            block.ffn.router.query.weight.copy_(torch.eye(32))
+            block.ffn.w_in.fill_(32**-0.5)      # so that every neuron reads 1 from a letter
+        keys = model.blocks[0].ffn.router.keys  # (1, 2, 4, 32)
+        for t in range(16):
+            for half, (first, second) in enumerate(((10, 1), (10, 3))):
+                best = t // 4 if half == 0 else t % 4
+                keys[0, half, best, t], keys[0, half, (best + 1) % 4, t] = first * 32**-0.5, second * 32**-0.5
+        model.blocks[0].ffn.w_out[0, :, 16:] = torch.eye(16)
+    tokenizer = dict(ranks=(folder / "data/tokenizer.tiktoken").read_text(), pat_str=meta["pat_str"])
+    save_checkpoint(folder / "ckpt.pt", dict(
+        model=model.state_dict(), config=vars(cfg) | dict(data_dir=str(folder / "data"), seed=0), data=meta,
+        tokenizer=tokenizer, step=0))
+    return folder
+
+
+def subject(folder, command, *options):
+    return analyze.Subject(analyze.parse_args([command, f"--out_dir={folder}", *options]))
+
+
+def test_planted_neighbours_are_found(planted):
+    study = subject(planted, "neighbors", "--prompt=b", "--layer=0")
+    torch.testing.assert_close(study.trained.gates[0, 0], torch.tensor([20.0, 13.0]), atol=1e-3, rtol=0)
+    rows = analyze.neighbors(study).tables[0][2]
+    assert len(rows) == 11 and all("»b«" in row[2] and row[1] == pytest.approx(0, abs=1e-6)
+                                   for row in rows[1:])
+    tokens, circuits = study.trained.tokens, study.circuits(study.trained, 0)
+    place = int(np.flatnonzero(tokens == ord("b"))[0])
+    sim = analyze.gram(circuits, 16)[:, place:place + 1]
+    found = analyze.nearest(sim, torch.from_numpy(tokens.ravel() == ord("b"))[:, None],
+                            analyze.contexts_of(tokens))[0]
+    # they share the neuron of gate 13 with one of 20
+    assert {tokens.flat[i] for i, _ in found} <= set(b"ac")
+    assert [value for _, value in found] == pytest.approx([13 * 20 / (20**2 + 13**2)] * 10)
+    shares, chance = analyze.shares(circuits, np.arange(128), tokens, [tokens.ravel() // 4 % 2], 16)
+    assert shares[0].min() == 1 and chance[0] == pytest.approx(1 / 8)
+
+
+def test_planted_usage_and_coactivation(planted):
+    study = subject(planted, "usage")
+    rows = study.trained.rows[0]
+    # 8 of 16 neurons, all alike
+    assert analyze.usage_of(rows, 1, 16)[0] == pytest.approx([0.5, 0.5, 0.75])
+    P = torch.zeros(16, 16)
+    for i in range(8):
+        group = i // 4 * 4
+        P[i, i], P[i, group + (i + 1) % 4], P[i, group + (i - 1) % 4] = 1, 0.5, 0.5
+    torch.testing.assert_close(analyze.coactivation(rows, 16), P.double())
+    torch.testing.assert_close(analyze.coactivation(rows, 4), P[:4, :4].double())
+    assert analyze.usage(study).tables[0][2][0] == pytest.approx([0, 0, 0.5, 8, 0.5, 0.75, 0.5, 0.75])
+    assert analyze.shared_subkeys(rows, 4) == pytest.approx([1 / 3, 0, 0])      # two of three, half the time
+
+
+def test_planted_patches_have_their_effects(planted):
+    study = subject(planted, "patch", "--template=.{}")
+    prefix, suffix, facts = analyze.find_facts(study, ".{}")
+    assert [(chr(f.word), chr(f.answer), f.count, f.total) for f in facts] == [
+        ("a", "A", 12, 12), ("f", "F", 12, 12), ("k", "K", 12, 12)] and (prefix, suffix) == ([ord(".")], [])
+    section = analyze.patching(study)
+    assert "own gates, which change 0 at most" in section.text
+    # effect, third prompt, difference, flips, third's
+    effects = {row[1]: row for row in section.tables[0][2]}
+    for layers, expected in (("all", [1, 0.5, 0.5, 1, 0]), ("0", [1, 0.5, 0.5, 1, 0]),
+                             ("1", [0, 0, 0, 0, 0])):
+        assert [value.mean for value in effects[layers][2:]] == pytest.approx(expected, abs=1e-5)
+        assert [value.half for value in effects[layers][2:]] == pytest.approx([0] * 5, abs=1e-5)
+    assert all(row[4] == row[1] for row in [[*f[:1], f[0].split()[-1], *f[2:]] for f in section.tables[1][2]])
+
+
+def test_kinds_of_python_tokens():
+    code = b"def f(x):\n    return len('a b') + 10  # it's\n"
+    kinds = [(match.lastgroup, match[0].decode()) for match in analyze.PYTHON.finditer(code)]
+    assert b"".join(match[0] for match in analyze.PYTHON.finditer(code)) == code
+    assert ("string", "'a b'") in kinds and ("number", "10") in kinds and ("comment", "# it's") in kinds
+    assert ("string", 'rb"""x\n"y" """') in [
+        (m.lastgroup, m[0].decode()) for m in analyze.PYTHON.finditer(b'z = rb"""x\n"y" """ + 1')]
+
+
+def test_report_holds_everything_and_loads_nothing(planted, capsys):
+    analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
+    out = capsys.readouterr().out
+    content = json.loads((planted / "report.json").read_text())
+    assert list(content) == ["Part 1: left out", "Neighbours", "Do near circuits mean alike?", "Map",
+                             "Usage and co-activation",
+                             "Patching"]
+    assert "log.jsonl is missing" in content["Part 1: left out"]["text"] and "== Patching ==" in out
+    text = analyze.page("<title>", [analyze.Section("a & b", "c < d", [("t", ["x"], [["<i>»y«"]])],
+                                                    [{"data": []}])], "")
+    assert "http" not in text and "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text
+    assert json.loads(html.unescape(re.search('data-figure="(.*?)"', text)[1])) == {"data": []}
+    inner = torch.tensor([[1.0, 0], [0.6, 0.8], [-0.6, 0.8], [0, -1]])
+    flat = torch.from_numpy(analyze.plane(inner @ inner.T, "PCA"))
+    torch.testing.assert_close(torch.cdist(flat, flat), torch.cdist(inner, inner).double())
+    assert (planted / "report.html").exists() == bool(importlib.util.find_spec("plotly"))
+    assert ("UMAP" if importlib.util.find_spec("umap")
+            else "pip install umap-learn") in content["Map"]["text"]
+
+
+def test_curves(tmp_path, capsys):
+    for name, loss in (("a", 3.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        lines = [dict(event="config", config=dict(ffn="mlp"))] + [
+            dict(event="eval", step=s, tokens=10 * s, flops=100 * s, seconds=0.5 * s, train_loss=9.0,
+                 val_loss=loss + 1 / (1 + s), val_bits_per_byte=1.0) for s in (0, 1, 3)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "ev')
+    analyze.main(["curves", str(tmp_path / "a"), str(tmp_path / "b/log.jsonl"),
+                  f"--out_dir={tmp_path / 'out'}"])
+    table = json.loads((tmp_path / "out/curves.json").read_text())["Curves"]
+    assert [row[2:] for row in table["tables"][0][2]] == [
+        [3, 30, 300, 1.5, 9.0, loss, 1.0] for loss in (3.25, 2.25)]
+    assert [(d["x"], d["y"]) for d in table["figures"][0]["data"][:4]] == [
+        ([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]), ([0.5, 1.5], [3.5, 3.25])]
+
+
+@pytest.mark.parametrize("argv, message, code", [
+    (["neighbors", "--out_dir=nowhere"], "nowhere/ckpt.pt is missing", 1),
+    (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
+    (["neighbors", "--prompt="], "--prompt has 0 tokens", 1), (["usage", "--layer=2"],
+                                                               "--layer goes from 0 to 1", 1),
+    (["patch"], "give one with --template", 1), (["patch", "--template=abc"], "needs one {}", 1),
+    (["patch", "--template=q{}"], "has 0 facts with 10 occurrences", 1), (["curves", "none"],
+                                                                          "none/log.jsonl is missing", 1),
+    (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2), (["map", "--promt=x"], "unrecognized", 2),
+    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"],
+                                                                  "trained on: prepare that again", 1)])
+def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
+    if argv[0] in ("dense", "moved"):
+        state = load_checkpoint(planted / "ckpt.pt")
+        if argv[0] == "dense":
+            state["config"] |= dict(ffn="mlp")
+            state["model"] = GPT(GPTConfig(**{k: state["config"][k]
+                                              for k in GPTConfig.__dataclass_fields__})).state_dict()
+        else:
+            state["data"] |= dict(fingerprint="other")
+        save_checkpoint(tmp_path / "ckpt.pt", state)
+        argv = ["usage", f"--out_dir={tmp_path}"]
+    elif "nowhere" not in argv[-1] and argv[0] != "curves":
+        argv = argv + [f"--out_dir={planted}"]
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(argv)
+    text = stop.value.code if code == 1 else capsys.readouterr().err.strip()
+    assert text.startswith("analyze.py: ") and message in text and "\n" not in text
+    assert code == 1 or stop.value.code == 2
 
 
 if __name__ == "__main__":

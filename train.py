@@ -552,6 +552,7 @@ def finish(run: Run) -> None:
         out(f"trained for {clock(run.seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
     where = "" if run.cfg.out_dir == TrainConfig.out_dir else f" --out_dir={run.cfg.out_dir}"
     out(f"next:  python sample.py{where} --prompt \"def \"\n"
+        f"       python analyze.py{where}\n"
         f"       python train.py{where} --resume --steps={2 * run.cfg.steps}")
 
 

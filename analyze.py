@@ -1,0 +1,833 @@
+"""Read the circuits of a trained sgatlin: what its gates say, what they cause (arXiv 2606.07414, section 4).
+
+    python analyze.py                                         # all of it on out/: a summary, out/report.html
+    python analyze.py neighbors --prompt "def __init__(self"  # the circuits most like those of a text
+    python analyze.py map                                     # circuits in the plane: do near ones agree?
+    python analyze.py usage                                   # which neurons are used, and which together
+    python analyze.py patch --template "from {} import"       # the gates of one prompt in another
+    python analyze.py curves out other/log.jsonl              # loss against steps, tokens, FLOPs, seconds
+
+A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers and
+channels count from 0, as in model.blocks. Every command prints its tables and writes COMMAND.html and
+COMMAND.json to out_dir. The pictures need plotly, and the map is better with umap-learn.
+
+Letters: W windows, T time, N = W*T tokens, L layers, C channels, E neurons a channel, n = sqrt(E) sub-keys,
+k top_k, J = C*k, R = C*E rows, Q queries, M points of a map, F facts, V vocabulary.
+"""
+import argparse
+import builtins
+import contextlib
+import functools
+import html
+import importlib.util
+import json
+import keyword
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter, namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from model import GPT, load_checkpoint
+from sample import load_model
+from train import Data, TrainConfig
+
+NEIGHBORS = 10      # shown and scored per circuit, as in the paper
+CONTEXT = 8         # tokens, up to the one in question: circuits in equal contexts are no news to each other
+Circuits = tuple[Tensor, Tensor]    # scores (N, J), and their rows (N, J) in a table of R: sparse vectors
+TEMPLATES = {"python": "from {} import", "tinystories": "The {} was"}   # of facts, by the source of the data
+
+
+# -----------------------------------------------------------------------------------------------------------
+# results: tables for the terminal, pictures for the report, every number in the JSON file
+
+class Estimate(NamedTuple):
+    """A mean and half its 95% confidence interval; None where there is too little to average."""
+    mean: float | None
+    half: float | None
+
+
+def jackknife(mean: Callable[[np.ndarray], float], units: int) -> Estimate:
+    """mean of all units, its interval from leaving out each in turn; mean takes the mask of those to keep.
+
+    Units are windows or facts: tokens of one window, and pairs with a fact in common, are not independent.
+    """
+    values = np.array([mean(keep) for keep in ~np.eye(units, dtype=bool)])
+    half = 1.96 * math.sqrt((units - 1) / units * np.square(values - values.mean()).sum())
+    return Estimate(None, None) if math.isnan(half) else Estimate(float(mean(np.full(units, True))), half)
+
+
+def cell(value) -> str:
+    if isinstance(value, Estimate):
+        return "-" if value.mean is None else f"{value.mean:.3f} ± {value.half:.3f}"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+@dataclass
+class Section:
+    """A part of the report. A figure is plotly's, as plain data: {"data": [...], "layout": {...}}."""
+    title: str
+    text: str                                                                       # how to read it
+    tables: list[tuple[str, list[str], list[list]]] = field(default_factory=list)   # caption, header, rows
+    figures: list[dict] = field(default_factory=list)
+
+    def print(self, most_rows: int) -> None:
+        print(f"\n== {self.title} ==\n{self.text}")
+        for caption, header, rows in self.tables:
+            cells = [header, *([cell(value) for value in row] for row in rows[:most_rows])]
+            widths = [max(map(len, column)) for column in zip(*cells)]
+            print(f"\n{caption}")
+            for row in cells:
+                print("  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+            if len(rows) > most_rows:
+                print(f"  and {len(rows) - most_rows} more rows in the report")
+
+
+def figure(data: list[dict], title: str, height: int, **layout) -> dict:
+    return dict(data=data, layout=dict(title=dict(text=title), height=height, **layout))
+
+
+def bars(name: str, values: dict[str, Estimate]) -> dict:
+    return dict(type="bar", name=name, x=list(values), y=[v.mean for v in values.values()],
+                error_y=dict(type="data", array=[v.half for v in values.values()]))
+
+
+def colour(i: int) -> str:
+    return f"hsl({i * 137.5 % 360:.0f}, 65%, {40 + i % 3 * 10}%)"       # steps of the golden angle
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title><link rel="icon" href="data:,"><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
+h2 { margin-top: 2.5em; border-top: 1px solid #ddd; padding-top: 1em } h4 { margin: 1.6em 0 .4em }
+p { max-width: 52em } nav a { margin-right: 1.2em } mark { background: #ffe08a }
+input { float: right; padding: 3px 8px; width: 20em } .table { max-height: 460px; overflow: auto }
+table { border-collapse: collapse; font: 13px/1.5 ui-monospace, monospace; width: 100% }
+th { position: sticky; top: 0; background: #f0f0f0; text-align: left }
+td, th { padding: 3px 10px; border-bottom: 1px solid #eee; white-space: pre-wrap; vertical-align: top }
+</style><script>PLOTLY</script></head><body><h1>TITLE</h1><nav>LINKS</nav>
+BODY<script>
+for (const box of document.querySelectorAll("input")) box.addEventListener("input", () => {
+  for (const row of box.parentElement.querySelector("tbody").rows)
+    row.hidden = !row.textContent.toLowerCase().includes(box.value.toLowerCase());
+});
+for (const div of document.querySelectorAll("[data-figure]")) {
+  const figure = JSON.parse(div.dataset.figure);
+  Plotly.newPlot(div, figure.data, figure.layout, {responsive: true, displaylogo: false});
+}
+</script></body></html>
+"""
+
+
+def page(title: str, sections: list[Section], plotly: str) -> str:
+    """The report as one HTML page that loads nothing; plotly is the text of plotly.js."""
+    esc, body, links = html.escape, [], []
+    for i, section in enumerate(sections):
+        links.append(f'<a href="#s{i}">{esc(section.title)}</a>')
+        body.append(f'<h2 id="s{i}">{esc(section.title)}</h2><p>{esc(section.text)}</p>')
+        body += [f'<div data-figure="{esc(json.dumps(figure))}"></div>' for figure in section.figures]
+        for caption, header, rows in section.tables:
+            head = "".join(f"<th>{esc(name)}" for name in header)
+            cells = "\n".join("<tr>" + "".join(f"<td>{esc(cell(value))}" for value in row) for row in rows)
+            cells = cells.replace("»", "<mark>").replace("«", "</mark>")
+            body.append(f'<div><input placeholder="search"><h4>{esc(caption)}</h4><div class="table"><table>'
+                        f"<thead><tr>{head}</thead><tbody>{cells}</tbody></table></div></div>")
+    parts = dict(TITLE=esc(title), LINKS="".join(links), BODY="\n".join(body), PLOTLY=plotly)
+    return re.sub("|".join(parts), lambda match: parts[match[0]], PAGE)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes text to path, which holds the old text or the new one at any time."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the model, its text and its gates
+
+class Subject:
+    """A run of train.py with an sgatlin, and what is computed about it once. ValueErrors are the user's."""
+
+    def __init__(self, args: argparse.Namespace):
+        path, self.args = args.out_dir / "ckpt.pt", args
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = auto if args.device == "auto" else args.device
+        self.model, self.encoding = load_model(path, self.device)
+        self.cfg = cfg = self.model.cfg
+        if cfg.ffn != "sgatlin":
+            raise ValueError(f"{path} has ffn={cfg.ffn}: only the gates of an sgatlin are its circuits")
+        saved, fields = load_checkpoint(path), TrainConfig.__dataclass_fields__
+        settings = {name: value for name, value in saved["config"].items() if name in fields}
+        self.data = Data(TrainConfig(**settings | dict(eval_sequences=args.windows)))
+        if self.data.meta["fingerprint"] != saved["data"]["fingerprint"]:
+            raise ValueError(f"{self.data.folder} is not what {path} was trained on: prepare that again")
+        self.source = self.data.meta["source"].split()[0]
+        self.layer = max(cfg.n_layer - 2, 0) if args.layer is None else args.layer
+        if not 0 <= self.layer < cfg.n_layer or not 0 <= (args.channel or 0) < cfg.n_channels:
+            raise ValueError(f"--layer goes from 0 to {cfg.n_layer - 1}, --channel to {cfg.n_channels - 1}")
+        self.channels = "all channels" if args.channel is None else f"channel {args.channel}"
+
+    @functools.cached_property
+    def trained(self) -> "Recording":
+        windows, _ = self.data.windows("val", self.data.val_batch(), torch.device("cpu"))
+        return record(self.model, windows, "the trained model")
+
+    @functools.cached_property
+    def untrained(self) -> "Recording":
+        """The control: the same windows through the model as it was before its first step."""
+        torch.manual_seed(self.data.cfg.seed)
+        model = GPT(self.cfg).to(self.device).eval()
+        return record(model, torch.from_numpy(self.trained.tokens), "an untrained model")
+
+    @functools.cached_property
+    def classes(self) -> dict[str, list[str]]:
+        """Classes of the recorded tokens, (N,) each, under the name of the way to find them."""
+        kinds = {"kind": python_kinds(self)} if self.source == "python" else {}
+        return kinds | {"context class": context_classes(self)}
+
+    def circuits(self, recording: "Recording", layer: int) -> Circuits:
+        """Gates (N, J), scaled to unit length, and rows (N, J); J = k where --channel chooses one."""
+        c, k = self.args.channel, self.cfg.top_k
+        part = slice(None) if c is None else slice(c * k, c * k + k)
+        gates, rows = recording.gates[layer, :, part], recording.rows[layer, :, part].contiguous()
+        return gates / gates.norm(dim=1, keepdim=True).clamp(min=1e-12), rows
+
+    def tokens(self, part: str) -> np.ndarray:
+        return np.memmap(self.data.folder / f"{part}.bin", dtype=self.data.meta["dtype"], mode="r")
+
+    def text(self, tokens) -> str:
+        """Token ids on one line: ⏎ is a newline, and a run of blanks is two."""
+        text = self.encoding.decode([int(t) for t in tokens if t < self.encoding.n_vocab])
+        return re.sub("  +", "  ", text.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥"))
+
+    def name(self, token: int) -> str:
+        return self.text([token]).replace(" ", "·")
+
+    def excerpt(self, windows: np.ndarray, i: int) -> str:
+        """Token i of windows (W, T), counted through all of them, marked in its text."""
+        w, t = divmod(i, windows.shape[1])
+        spans = (max(t - CONTEXT + 1, 0), t), (t, t + 1), (t + 1, t + 5)
+        return "{}»{}«{}".format(*(self.text(windows[w, a:b]) for a, b in spans))
+
+    def predictions(self, recording: "Recording", i: int) -> str:
+        top = zip(recording.top[i].tolist()[:3], recording.p[i].tolist())
+        return "  ".join(f"{self.name(token)} {p:.2f}" for token, p in top)
+
+
+@contextlib.contextmanager
+def router_hook(model: GPT, hook: Callable):
+    """hook(layer, gates (N, C, k), ids (N, C, k)) sees every routing; one that it returns replaces it."""
+    handles = [block.ffn.router.register_forward_hook(lambda module, args, out, i=i: hook(i, *out))
+               for i, block in enumerate(model.blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Recording:
+    """What a model did on windows of text; its N tokens in the order of the windows."""
+    tokens: np.ndarray      # (W, T)
+    gates: Tensor           # (L, N, J) float32
+    rows: Tensor            # (L, N, J) int32: the neurons, c * E + id
+    top: Tensor             # (N, 5) the likeliest next tokens
+    p: Tensor               # (N, 5) their probabilities
+    embedding: Tensor       # (V, D) of the model
+
+
+@torch.inference_mode()
+def record(model: GPT, windows: Tensor, name: str) -> Recording:
+    """Runs windows (W, T) int64; keeps 8 bytes per gate, L * W * T * C * k of them, on the CPU."""
+    cfg, (W, T), device = model.cfg, windows.shape, model.embedding.weight.device
+    shape = cfg.n_layer, W * T, cfg.n_channels * cfg.top_k
+    gates, rows = torch.empty(shape), torch.empty(shape, dtype=torch.int32)
+    first = torch.arange(cfg.n_channels, dtype=torch.int32)[:, None] * cfg.n_experts        # (C, 1)
+    top, p = torch.empty(W * T, 5, dtype=torch.int64), torch.empty(W * T, 5)
+    print(f"record {name} on {W} x {T} tokens, {8 * gates.numel() / 1e6:.1f} MB:", end="", flush=True)
+    batch = max(1, 2**24 // (T * cfg.vocab_size))       # windows at a time: 64 MB of logits
+    for start in range(0, W, batch):
+        end = min(start + batch, W)
+        here = slice(start * T, end * T)
+
+        def keep(layer, g, ids):
+            gates[layer, here], rows[layer, here] = g.flatten(1).cpu(), (ids.cpu() + first).flatten(1)
+
+        with router_hook(model, keep):
+            logits = model(windows[start:end].to(device))[0].flatten(0, 1)      # (N', V)
+        values, best = logits.topk(5)
+        top[here], p[here] = best.cpu(), (values - logits.logsumexp(1, keepdim=True)).exp().cpu()
+        if 4 * start // W < 4 * end // W:
+            print(f" {100 * end // W}%", end="\n" * (end == W), flush=True)
+    return Recording(windows.numpy(), gates, rows, top, p, model.embedding.weight.cpu())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# similarity of circuits
+
+def similarities(queries: Circuits, circuits: Circuits, R: int) -> Iterator[Tensor]:
+    """Inner products, exact, (N, 128) at a time, of sparse vectors: values and rows, (Q, J) and (N, J) each.
+
+    Only 128 queries at a time are made dense, as the table whose rows gather_sum adds up for every circuit.
+    """
+    for values, rows in zip(*(t.split(128) for t in queries)):
+        table = torch.zeros(len(values), R).scatter_(1, rows.long(), values).T.contiguous()     # (R, 128)
+        yield kernels.gather_sum(circuits[0], table, circuits[1])
+
+
+def gram(circuits: Circuits, R: int) -> Tensor:
+    """(M, M) inner products among circuits."""
+    return torch.cat(list(similarities(circuits, circuits, R)), dim=1)
+
+
+def contexts_of(tokens: np.ndarray) -> Tensor:
+    """(W, T) -> (N,) int64, a hash of the last CONTEXT tokens, or of those that the window has."""
+    padded = np.pad(tokens.astype(np.uint64) + np.uint64(1), ((0, 0), (CONTEXT - 1, 0)))
+    factors = np.random.default_rng(0).integers(2**64, size=CONTEXT, dtype=np.uint64)
+    last = np.lib.stride_tricks.sliding_window_view(padded, CONTEXT, axis=1)                # (W, T, CONTEXT)
+    return torch.from_numpy((last * factors).sum(-1).astype(np.int64).ravel())
+
+
+def nearest(sim: Tensor, banned: Tensor, contexts: Tensor) -> list[list[tuple[int, float]]]:
+    """The NEIGHBORS circuits most similar to each query, (position, similarity), no two in equal contexts.
+
+    sim and banned (N, Q), contexts (N,). Fewer where four times as many candidates repeat their contexts.
+    """
+    best, found = sim.masked_fill(banned, -2).T.topk(min(4 * NEIGHBORS, len(sim))), []
+    for values, places in zip(best.values.tolist(), best.indices.tolist()):
+        different = {}
+        for place, context, value in zip(places, contexts[places].tolist(), values):
+            if value > -2:
+                different.setdefault(context, (place, value))
+        found.append(list(different.values())[:NEIGHBORS])
+    return found
+
+
+def neighbors(subject: Subject) -> Section:
+    """The circuits nearest to those of a prompt, or of a passage of the recorded text."""
+    cfg, recorded, layer, prompt = subject.cfg, subject.trained, subject.layer, subject.args.prompt
+    (W, T), reference = recorded.tokens.shape, recorded
+    if prompt is None:      # 24 tokens in the middle
+        queries = W // 2 * T + T // 2 + np.arange(min(24, T // 2))
+    else:
+        ids = [subject.encoding.eot_token, *subject.encoding.encode(prompt, disallowed_special=())]
+        if not 2 <= len(ids) <= cfg.block_size:
+            raise ValueError(f"--prompt has {len(ids) - 1} tokens: give it 1 to {cfg.block_size - 1}")
+        reference, queries = record(subject.model, torch.tensor([ids]), "the prompt"), np.arange(1, len(ids))
+    contexts, own = contexts_of(recorded.tokens), contexts_of(reference.tokens)[queries]
+    asked, found, rows = tuple(t[queries] for t in subject.circuits(reference, layer)), [], []
+    for sim in similarities(asked, subject.circuits(recorded, layer), cfg.n_channels * cfg.n_experts):
+        found += nearest(sim, contexts[:, None] == own[len(found):len(found) + sim.shape[1]], contexts)
+    for number, (query, near) in enumerate(zip(queries.tolist(), found)):
+        token = f"{number} {subject.name(reference.tokens.flat[query])}"
+        for source, i, distance in [(reference, query, ""), *((recorded, i, 1 - sim) for i, sim in near)]:
+            rows.append([token, distance, subject.excerpt(source.tokens, i), subject.predictions(source, i)])
+    return Section(
+        "Neighbours", f"Every token of a text, then the {NEIGHBORS} recorded tokens whose circuits in layer "
+        f"{layer} ({subject.channels}) are nearest to its own, with the cosine distance and what the model "
+        f"expects next. Left out: contexts that repeat its own, or each other's, over {CONTEXT} tokens.",
+        [("Nearest circuits", ["token", "distance", "text", "next"], rows)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# classes of tokens, and whether near circuits share them
+
+PYTHON = re.compile(
+    rb"(?P<comment>#[^\n]*)|(?P<number>\d[\w.]*)|(?P<indentation>\s+)|(?P<string>(?i:[rbfu]{0,2})(?:"
+    rb"'''(?:\\.|.)*?'''|\"\"\"(?:\\.|.)*?\"\"\"|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"))"
+    rb"|(?P<name>[^\W\d]\w*)|(?P<operator>.)", re.DOTALL)
+
+
+def python_kinds(subject: Subject) -> list[str]:
+    """The kind of every recorded token of Python (N,): that of its first character that is no blank."""
+    text, starts, T = np.asarray(subject.tokens("val")), subject.data.val_batch(), subject.cfg.block_size
+    kinds, first = np.full(len(text), "other", "<U11"), 0
+    for last in [*np.flatnonzero(text == subject.encoding.eot_token).tolist(), len(text)]:
+        if ((starts < last) & (starts + T > first)).any():      # a document that the windows touch
+            pieces = subject.encoding.decode_tokens_bytes(text[first:last].tolist())
+            of_byte, end = [], 0
+            for match in PYTHON.finditer(b"".join(pieces)):
+                word, kind = match[0].decode("utf-8", "replace"), match.lastgroup
+                if kind == "name" and (keyword.iskeyword(word) or hasattr(builtins, word)):
+                    kind = "keyword" if keyword.iskeyword(word) else "builtin"
+                of_byte += [kind] * len(match[0])
+            for i, piece in enumerate(pieces, first):
+                start, end = end, end + len(piece)
+                inked = (kind for kind in of_byte[start:end] if kind != "indentation")
+                kinds[i] = next(inked, "indentation")
+        first = last + 1
+    return kinds[starts[:, None] + np.arange(T)].ravel().tolist()
+
+
+def context_classes(subject: Subject, n_tokens: int = 1000, n_classes: int = 12) -> list[str]:
+    """The class of every recorded token (N,), found without labels, named by its most frequent members.
+
+    k-means of the n_tokens most frequent tokens, each as the square roots of the probabilities of the tokens
+    before and after it, in the first 4 million tokens of training. No model takes part.
+    """
+    text = np.asarray(subject.tokens("train")[:2**22]).astype(np.int64)
+    often = np.argsort(-np.bincount(text), kind="stable")[:n_tokens]
+    side, place = len(often) + 1, np.full(subject.cfg.vocab_size, len(often))   # the last place: all rarer
+    place[often] = np.arange(len(often))
+    counts = np.bincount(place[text[:-1]] * side + place[text[1:]], minlength=side**2).reshape(side, side)
+    p = np.concatenate([c / c.sum(1, keepdims=True).clip(1) for c in (counts, counts.T)], axis=1)
+    x = torch.from_numpy(p[:-1]).sqrt()                                         # (n_tokens, 2 * side)
+    centres = x[:n_classes]
+    for _ in range(30):
+        label = torch.cdist(x, centres).argmin(1)
+        centres = torch.stack([x[label == c].mean(0) if c in label else x[c] for c in range(len(centres))])
+    names = [" ".join(subject.name(t) for t in often[label == c][:4]) for c in range(len(centres))]
+    classes = [names[c] for c in label.tolist()] + ["rare tokens"]
+    return [classes[i] for i in place[subject.trained.tokens.ravel()].tolist()]
+
+
+def shares(circuits: Circuits, queries: np.ndarray, tokens: np.ndarray, labels: list[np.ndarray],
+           R: int) -> tuple[np.ndarray, np.ndarray]:
+    """For queries (Q,), positions among tokens (W, T): the share of the nearest circuits that have the same
+    token, and, for each of labels (N,), the share of the nearest of other tokens that have the same label;
+    and both among all circuits, as chance would have it. Each (1 + labels, Q)."""
+    ids, contexts, found, chance = tokens.ravel(), contexts_of(tokens), [], []
+    asked = tuple(t[queries] for t in circuits)
+    for part, sim in zip(np.split(queries, range(128, len(queries), 128)), similarities(asked, circuits, R)):
+        same = ids[:, None] == ids[part]                                        # (N, 128)
+        like = [(label[:, None] == label[part]) & ~same for label in labels]
+        near = nearest(sim, contexts[:, None] == contexts[part], contexts)
+        others = nearest(sim, torch.from_numpy(same), contexts)
+        found.append([[np.mean([hit[i, q] for i, _ in places]) for q, places in enumerate(lists)]
+                      for hit, lists in [(same, near), *((hit, others) for hit in like)]])
+        chance.append([same.mean(0), *(hit.sum(0) / (~same).sum(0) for hit in like)])
+    return np.concatenate(found, axis=1), np.concatenate(chance, axis=1)
+
+
+def structure(subject: Subject) -> Section:
+    """Do near circuits belong to like tokens, more so than without training and with shuffled gates?"""
+    tokens, classes, rng, result = subject.trained.tokens, subject.classes, np.random.default_rng(0), {}
+    (W, T), R = tokens.shape, subject.cfg.n_channels * subject.cfg.n_experts
+    queries, shuffle = rng.choice(W * T, min(1000, W * T), replace=False), rng.permutation(W * T)
+    labels = [np.unique(names, return_inverse=True)[1] for names in classes.values()]
+    for layer in range(subject.cfg.n_layer):
+        print(f"score the neighbours of {len(queries)} tokens in layer {layer}", flush=True)
+        gates = {name: subject.circuits(getattr(subject, name), layer) for name in ("trained", "untrained")}
+        gates["shuffled"] = tuple(t[shuffle] for t in gates["trained"])
+        for name, circuits in gates.items():
+            result[layer, name], chance = shares(circuits, queries, tokens, labels, R)
+    result["", "chance"] = chance
+
+    def estimate(values: np.ndarray, chosen: np.ndarray) -> Estimate:
+        return jackknife(lambda keep: values[chosen & keep[queries // T]].mean(), W)
+
+    measures = ["same token", *(f"same {way}, other token" for way in classes)]
+    rows = [[*key, *(estimate(values, queries >= 0) for values in result[key])] for key in result]
+    (way, names), by_class = next(iter(classes.items())), []
+    compared = {name: values[1] for (layer, name), values in result.items() if layer in (subject.layer, "")}
+    of_query = np.array(names)[queries]
+    for name, count in Counter(of_query.tolist()).most_common():
+        chosen = of_query == name
+        if len(set(queries[chosen] // T)) > 2:
+            by_class.append([name, count, *(estimate(values, chosen) for values in compared.values())])
+    return Section(
+        "Do near circuits mean alike?", f"Of {len(queries)} random tokens: the share of the same token in "
+        f"the {NEIGHBORS} nearest circuits; and of the same class in the {NEIGHBORS} nearest of other tokens."
+        " Controls: the model before training; the trained gates dealt out to tokens at random; the share in "
+        f"all tokens. Circuits of {subject.channels}; intervals of 95%, over windows.",
+        [("Share of neighbours", ["layer", "gates", *measures], rows),
+         (f"{measures[1]}, layer {subject.layer}", [way, "tokens", *compared], by_class)],
+        [figure([bars(name, {row[0]: row[2 + m] for row in rows if row[1] == name}) for name in gates],
+                measure, 320, barmode="group", xaxis=dict(title=dict(text="layer"), dtick=1))
+         for m, measure in enumerate(measures)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# map
+
+def plane(inner: Tensor, method: str) -> np.ndarray:
+    """Coordinates (M, 2) of unit vectors with inner products (M, M): UMAP of cosine distances, or PCA."""
+    if method == "UMAP":
+        import umap     # an extra, and slow to import
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # distances have no inverse, and a seed means one thread
+            mapper = umap.UMAP(n_neighbors=15, metric="precomputed", random_state=0)
+            return mapper.fit_transform((1 - inner).clamp(min=0).fill_diagonal_(0).numpy())
+    values, vectors = torch.linalg.eigh(centred(inner))
+    return (vectors[:, -2:] * values[-2:].clamp(min=0).sqrt()).flip(1).numpy()
+
+
+def circuit_map(subject: Subject) -> Section:
+    """The circuits of the 100 most frequent tokens in the plane, for every layer, and one untrained."""
+    cfg, tokens, rng, placed, figures = subject.cfg, subject.trained.tokens, np.random.default_rng(0), [], []
+    method = "UMAP" if importlib.util.find_spec("umap") else "PCA"
+    often = np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]
+    points = [i for t in often for i in rng.permutation(np.flatnonzero(tokens == t))[:10].tolist()]    # (M,)
+    panels = [(f"layer {layer}", subject.trained, layer) for layer in range(cfg.n_layer)]
+    panels.append((f"layer {subject.layer}, untrained", subject.untrained, subject.layer))
+    rows, hidden = (len(panels) + 1) // 2, dict(showticklabels=False, zeroline=False)
+    layout = dict(grid=dict(rows=rows, columns=2, pattern="independent"), hovermode="closest")
+    for number, (title, recording, layer) in enumerate(panels, 1):
+        print(f"map {len(points)} circuits by {method}: {title}", flush=True)
+        circuits = tuple(t[points] for t in subject.circuits(recording, layer))
+        hover = [html.escape(f"{subject.excerpt(tokens, i)}\nnext: {subject.predictions(recording, i)}")
+                 .replace("\n", "<br>") for i in points]
+        placed.append((plane(gram(circuits, cfg.n_channels * cfg.n_experts), method).round(2), hover))
+        layout |= {f"xaxis{number}": dict(title=dict(text=title), **hidden), f"yaxis{number}": hidden}
+    for way, names in subject.classes.items():
+        data = []
+        for c, name in enumerate(sorted({names[i] for i in points})):
+            chosen = [m for m, i in enumerate(points) if names[i] == name]
+            data += [dict(type="scatter", mode="markers", name=name, legendgroup=name, hoverinfo="text",
+                          x=xy[chosen, 0].tolist(), y=xy[chosen, 1].tolist(), showlegend=number == 1,
+                          hovertext=[hover[m] for m in chosen], xaxis=f"x{number}", yaxis=f"y{number}",
+                          marker=dict(size=5, color=colour(c)))
+                     for number, (xy, hover) in enumerate(placed, 1)]
+        figures.append(figure(data, f"Circuits by {way}", 400 * rows, **layout))
+    remedy = "" if method == "UMAP" else " UMAP keeps neighbours together better: pip install umap-learn."
+    return Section(
+        "Map", f"{method} of {len(points)} circuits ({subject.channels}): at most 10, at random, of each of "
+        "the 100 most frequent tokens. Near points have like gates. Point at one to see its text and what "
+        f"the model expects next; click a class to hide it, twice to see it alone.{remedy}", figures=figures)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# usage, co-activation, CKA
+
+def usage_of(rows: Tensor, C: int, E: int) -> list[list[float]]:
+    """Of rows (N, J), per channel: the share of its neurons used at least once; of the counts of use the
+    Gini coefficient (0: all alike, 1: one has all), and the entropy as a share of that of equal use."""
+    counts = rows.flatten().bincount(minlength=C * E).view(C, E).double().sort(dim=1).values
+    p = counts / counts.sum(1, keepdim=True)
+    gini = (p * (2 * torch.arange(1, E + 1) - E - 1)).sum(1) / E
+    entropy = torch.special.entr(p).sum(1) / math.log(E)
+    return torch.stack(((counts > 0).double().mean(1), gini, entropy), dim=1).tolist()
+
+
+def coactivation(ids: Tensor, size: int) -> Tensor:
+    """P(j | i): of the tokens that use neuron i the share that use j, i, j < size; ids (N, k)."""
+    i, j = torch.broadcast_tensors(ids.long()[:, :, None], ids.long()[:, None, :])
+    counts = (i * size + j)[(i < size) & (j < size)].bincount(minlength=size**2).view(size, size).double()
+    return counts / counts.diagonal().clamp(min=1)[:, None]
+
+
+def shared_subkeys(ids: Tensor, n: int) -> list[float]:
+    """Mean P(j | i) over uses of i, for j that share its first sub-key, its second, none; ids (..., k)."""
+    first, second = (x[..., :, None] == x[..., None, :] for x in (ids // n, ids % n))
+    pairs = (first & ~second, n - 1), (~first & second, n - 1), (~first & ~second, (n - 1)**2)
+    return [pair.sum().item() / ids.numel() / others for pair, others in pairs]
+
+
+def centred(gram: Tensor) -> Tensor:
+    """The Gram matrix (M, M) of the same vectors less their mean, in float64."""
+    gram = gram.double()
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def gram_cka(K: Tensor, L: Tensor) -> float:
+    """Linear CKA, in [0, 1], of features with Gram matrices K and L (M, M) (arXiv 1905.00414)."""
+    K, L = centred(K), centred(L)
+    return ((K * L).sum() / ((K * K).sum() * (L * L).sum()).clamp(min=1e-12).sqrt()).item()
+
+
+def usage(subject: Subject) -> Section:
+    """Which neurons are used, which together, and whether the first gates follow the embeddings."""
+    cfg, trained, usage_rows, pairs, alignment = subject.cfg, subject.trained, [], [], []
+    C, E, k, n = cfg.n_channels, cfg.n_experts, cfg.top_k, math.isqrt(cfg.n_experts)
+    flat = trained.tokens.ravel()
+    _, first, counts = np.unique(flat, return_index=True, return_counts=True)
+    often = first[np.argsort(-counts, kind="stable")[:100]]     # where the most frequent tokens occur first
+    for layer, rows in enumerate(trained.rows):
+        for c, (every, once) in enumerate(zip(usage_of(rows, C, E), usage_of(rows[first], C, E))):
+            usage_rows.append([layer, c, every[0], round(E * (1 - every[0])), *every[1:], *once[1:]])
+    for name, seen, chosen in (("trained", trained, often), ("untrained", subject.untrained, often),
+                               ("shuffled", trained, np.random.default_rng(0).permutation(often))):
+        x, circuits = seen.embedding[flat[often]], (seen.gates[0, chosen], seen.rows[0, chosen])
+        alignment.append([name, gram_cka(x @ x.T, gram(circuits, C * E))])
+        if name != "shuffled" and cfg.router.startswith("product"):
+            pairs += [[layer, name, *shared_subkeys((rows % E).view(-1, C, k), n)]
+                      for layer, rows in enumerate(seen.rows)]
+    c, size = subject.args.channel or 0, min(E, 1024 // n * n)      # whole rows of sub-keys
+    P = coactivation(trained.rows[subject.layer, :, c * k:c * k + k] - c * E, size).fill_diagonal_(0)
+    heat = dict(type="heatmap", z=P.mul(1000).round().int().tolist(), zmin=0, zmax=100, colorscale="Viridis",
+                hovertemplate="P(%{x} | %{y}) = %{z} / 1000<extra></extra>")
+    axis = dict(dtick=n, showgrid=False, constrain="domain")
+    axes = dict(xaxis=dict(title=dict(text="j"), **axis),
+                yaxis=dict(title=dict(text="i"), autorange="reversed", scaleanchor="x", **axis))
+    return Section(
+        "Usage and co-activation", f"Of the {E} neurons of a channel, the share used at least once in "
+        f"{len(flat):,} tokens, and how evenly: Gini (0 all alike, 1 one has all), entropy (1 all alike), "
+        "over all tokens, and over the first of each distinct one, as in the paper. P(j | i): of the tokens "
+        f"that use neuron i, the share that use j. Neuron {n} a + b has sub-keys a and b: blocks on the "
+        "diagonal share a, and stripes b. CKA: how far the gates of layer 0 follow the embeddings, at the "
+        "first of each of the 100 most frequent tokens; chance is above 0, as the shuffled gates show.",
+        [("Usage", ["layer", "channel", "used", "dead", "Gini", "entropy", "Gini, distinct",
+                    "entropy, distinct"], usage_rows),
+         ("Mean P(j | i)", ["layer", "gates", "same first sub-key", "same second", "neither"], pairs),
+         ("Linear CKA of embeddings and gates", ["gates", "CKA"], alignment)],
+        [figure([heat], f"P(j | i) in thousandths: layer {subject.layer}, channel {c}", 820, **axes)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# causal patching
+
+Fact = namedtuple("Fact", "word answer count total")    # tokens; occurrences of both, and of the word
+
+
+def find_facts(subject: Subject, template: str) -> tuple[list[int], list[int], list[Fact]]:
+    """The tokens before and after the template's slot, and at most 40 facts, the most frequent first.
+
+    A word is one token of letters, its answer the token that most often follows; of several with
+    one answer the most frequent stays. Raises ValueError below three: two to patch, one as a control.
+    """
+    before, slot, after = template.partition("{}")
+    if not slot or "{}" in after:
+        raise ValueError(f"--template={template!r} needs one {{}}, for the word that differs")
+    blank, at_least = before.endswith(" "), subject.args.min_count      # a blank belongs to the word's token
+    prefix, suffix = map(subject.encoding.encode_ordinary, (before[:-1] if blank else before, after))
+    text, pairs, total, end = subject.tokens("train"), Counter(), Counter(), len(prefix) + 1 + len(suffix)
+    for start in range(0, len(text), 2**22):    # a piece at a time: a corpus may be larger than memory
+        piece = text[start:start + 2**22 + end]
+        at = np.arange(max(len(piece) - end, 0))
+        for offset, token in [*enumerate(prefix), *enumerate(suffix, len(prefix) + 1)]:
+            at = at[piece[at + offset] == token]
+        pairs.update(zip(piece[at + len(prefix)].tolist(), piece[at + end].tolist()))
+        total.update(piece[at + len(prefix)].tolist())
+    letters, words, facts = re.compile(rb" [A-Za-z]+" if blank else rb"[A-Za-z]+"), set(), {}
+    for (word, answer), count in pairs.most_common():
+        spelt = subject.encoding.decode_single_token_bytes(word)
+        if word not in words and count >= at_least and letters.fullmatch(spelt):
+            facts.setdefault(answer, Fact(word, answer, count, total[word]))
+        words.add(word)
+    if len(facts) < 3:
+        raise ValueError(f"--template={template!r} has {len(facts)} facts with {at_least} occurrences in "
+                         f"{subject.data.folder}, of 3 needed: lower --min_count, or try another template")
+    return prefix, suffix, list(facts.values())[:40]
+
+
+def preference(logits: Tensor, answers: Tensor, others: Tensor) -> Tensor:
+    """How much logits (..., V) prefer answers (..., A) to others (..., A): difference of their logsumexp."""
+    return logits.gather(-1, answers).logsumexp(-1) - logits.gather(-1, others).logsumexp(-1)
+
+
+def indirect_effect(clean: Tensor, counterfactual: Tensor, patched: Tensor) -> Tensor:
+    """Of preferences: 0 where the patch changes nothing, 1 where it does all that the other prompt does."""
+    return (patched - clean) / (counterfactual - clean)
+
+
+@torch.inference_mode()
+def patched_logits(model: GPT, prompts: Tensor, choices: list[tuple[list[int], int]]) -> Iterator[Tensor]:
+    """Last logits (F, V) of prompts (F, T); then, for each choice (layers, position), those with the gates
+    (scores and ids, all channels) there from another of the prompts: (F prompts, F sources, V)."""
+    clean, shape = {}, prompts.shape
+
+    def last_logits(hook: Callable) -> Tensor:
+        with router_hook(model, hook):
+            return model(prompts)[0][:, -1].cpu()
+
+    yield last_logits(lambda layer, *out: clean.update({layer: out}))
+    for layers, position in choices:
+        def patch(source: int, layer: int, *out: Tensor):
+            if layer in layers:
+                new = [x.clone().unflatten(0, shape) for x in out]              # (F, T, C, k)
+                for x, recorded in zip(new, clean[layer]):
+                    x[:, position] = recorded.unflatten(0, shape)[source, position]
+                return tuple(x.flatten(0, 1) for x in new)
+        yield torch.stack([last_logits(functools.partial(patch, s)) for s in range(len(prompts))], dim=1)
+
+
+def pair_mean(values: Tensor, chosen: Tensor) -> Estimate:
+    """Of values (F, F) over the chosen pairs; the units are facts."""
+    def mean(keep: np.ndarray) -> float:
+        return values[chosen & torch.from_numpy(keep[:, None] & keep)].mean().item()
+    return jackknife(mean, len(values))
+
+
+def patching(subject: Subject) -> Section:
+    """The gates of one prompt in another: how far they carry its answer, for all ordered pairs of facts."""
+    template, rows, effects, own_change = subject.args.template or TEMPLATES.get(subject.source), [], [], 0.0
+    if not template:
+        raise ValueError(f"there is no template for data from {subject.source}: give one with --template")
+    prefix, suffix, facts = find_facts(subject, template)
+    prompts = torch.tensor([[subject.encoding.eot_token, *prefix, fact.word, *suffix] for fact in facts])
+    F, slot, every = len(facts), len(prefix) + 1, list(range(subject.cfg.n_layer))
+    choices = [(layers, position) for position in range(slot, prompts.shape[1])
+               for layers in (every, *([layer] for layer in every))]
+    print(f"patch {F * (F - 1)} ordered pairs of {F} facts in {len(choices)} places", flush=True)
+    runs, i = patched_logits(subject.model, prompts.to(subject.device), choices), torch.arange(F)
+    logits, answers = next(runs), torch.tensor([fact.answer for fact in facts])
+    own, other = answers[:, None, None].expand(F, F, 1), answers[None, :, None].expand(F, F, 1)     # [a, b]
+    clean = preference(logits[:, None].expand(F, F, -1), own, other)
+    counter = preference(logits.expand(F, F, -1), own, other)
+    known = (clean > 0) & (counter < 0)                 # both prompts prefer their own answer
+    for (layers, position), z in zip(choices, runs):
+        shape = F, F, F, 1                              # [a, source, b]
+        patched = preference(z[:, :, None].expand(*shape[:3], -1), own[:, None].expand(shape),
+                             other[:, None].expand(shape))
+        own_change = max(own_change, (patched - clean[:, None])[i, i].abs().max().item())
+        means = []
+        for x in (indirect_effect(clean[:, None], counter[:, None], patched), (patched < 0).double()):
+            theirs, third = x[:, i, i], (x.sum(1) - x[i, i] - x[:, i, i]) / (F - 2)     # [a, b]
+            means += [theirs, third, theirs - third]
+        effects.append(means[0])
+        rows.append([subject.name(prompts[0, position]) if position > slot else "{}",
+                     "all" if layers == every else f"{layers[0]}",
+                     *(pair_mean(x, known) for x in means[:5])])
+    return report_patches(subject, template, facts, logits.softmax(1), known, effects[0], rows, own_change)
+
+
+def report_patches(subject: Subject, template: str, facts: list[Fact], p: Tensor, known: Tensor,
+                   effect: Tensor, rows: list[list], own_change: float) -> Section:
+    """The section of patching: p (F, V) of the clean model, known and effect (F, F), rows of the table."""
+    F, names = len(facts), [f"{subject.name(fact.word)} → {subject.name(fact.answer)}" for fact in facts]
+    best = p.argmax(1).tolist()
+    right = sum(token == fact.answer for token, fact in zip(best, facts))
+    table = [[name, fact.count, fact.total, p[a, fact.answer].item(), subject.name(best[a]),
+              p[a, best[a]].item()]
+             for a, (name, fact) in enumerate(zip(names, facts))]
+    matrix = [[None if a == b else round(effect[a, b].item(), 3) for b in range(F)] for a in range(F)]
+    heat = dict(type="heatmap", x=names, y=names, z=matrix, zmin=-1, zmax=1, colorscale="RdBu",
+                hovertemplate="%{y}<br>with the gates of %{x}<br>effect %{z}<extra></extra>")
+    shown = [bars(name, {f"{row[0]}, {row[1]}": row[column] for row in rows})
+             for name, column in (("the other's gates", 2), ("a third prompt's", 3))]
+    return Section(
+        "Patching", f"Facts of the training data: in {template!r} the word decides what follows. A prompt "
+        "gets, at one position, the gates (scores and neurons, all channels) of another; the effect is 0 "
+        "where that changes nothing, and 1 where it moves the logits of the two answers as far as the other "
+        f"prompt does. Means are over the {known.sum()} of {F * (F - 1)} ordered pairs whose prompts both "
+        "prefer their own answer; a flip now prefers the other's. Controls: the gates of every third "
+        f"prompt; the prompt's own gates, which change {own_change:g} at most. The model's first choice is "
+        f"the answer in {right} of {F} facts. Intervals of 95%, over facts.",
+        [("Effect of patches", ["position", "layers", "effect", "third prompt", "difference", "flips",
+                                "flips, third"], rows),
+         ("Facts", ["fact", "count", "of", "p(answer)", "first choice", "p"], table)],
+        [figure(shown, "Effect, by position and layers", 360, barmode="group"),
+         figure([heat], "Effect of every pair, all layers at the word: a row gets a column's gates", 700,
+                xaxis=dict(automargin=True), yaxis=dict(automargin=True))])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# curves
+
+def curves(runs: list[Path]) -> Section:
+    """Validation loss of runs (log.jsonl, or its folder) against steps, tokens, FLOPs and seconds."""
+    axes, rows, data = ("step", "tokens", "flops", "seconds"), [], []
+    for r, run in enumerate(runs):
+        path, entries = run if run.suffix == ".jsonl" else run / "log.jsonl", []
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: python train.py makes it")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
+                entries.append(json.loads(line))
+        evals = [entry for entry in entries if isinstance(entry, dict) and entry.get("event") == "eval"]
+        if not evals or "config" not in entries[0]:
+            raise ValueError(f"{path} holds no evaluation of train.py")
+        ffn, last = entries[0]["config"]["ffn"], (*axes, "train_loss", "val_loss", "val_bits_per_byte")
+        rows.append([str(run), ffn, *(evals[-1][name] for name in last)])
+        for i, name in enumerate(axes, 1):      # without step 0, which has no place on a logarithmic axis
+            x, y = ([entry[key] for entry in evals if entry["step"]] for key in (name, "val_loss"))
+            data.append(dict(type="scatter", mode="lines+markers", name=f"{run} ({ffn})", legendgroup=str(r),
+                             x=x, y=y, xaxis=f"x{i}", yaxis=f"y{i}", showlegend=i == 1,
+                             line=dict(color=colour(r))))
+    layout = {f"xaxis{i}": dict(title=dict(text=name), type="log") for i, name in enumerate(axes, 1)}
+    return Section(
+        "Curves", "Validation loss in nats per token. FLOPs are those of training, counted as in the paper; "
+        "seconds are those of the steps, without evaluations.",
+        [("Last evaluation", ["run", "ffn", *axes, "train loss", "validation loss", "bits per byte"], rows)],
+        [figure(data, "Validation loss", 700, grid=dict(rows=2, columns=2, pattern="independent"),
+                **layout)])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the command line
+
+OPTIONS = {
+    "out_dir": dict(type=Path, default=Path("out"), help="folder of run and results (default: out)"),
+    "device": dict(choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"),
+    "windows": dict(type=int, default=128, help="of validation text to record (default: 128)"),
+    "layer": dict(type=int, help="of neighbours and single pictures (default: the last but one)"),
+    "channel": dict(type=int, help="(default: all together)"),
+    "prompt": dict(help="text whose neighbours to find (default: a passage of the validation text)"),
+    "template": dict(help="text with {} for the word that differs between prompts"),
+    "min_count": dict(type=int, default=10, help="occurrences that make a fact (default: 10)"),
+}
+RECORDED = "out_dir", "device", "windows", "layer", "channel"
+COMMANDS = {    # name: parts, help, options. A part takes the Subject and returns a Section
+    "report": ([lambda subject: curves([subject.args.out_dir]), neighbors, structure, circuit_map, usage,
+                patching],
+               "everything (the default)", (*RECORDED, "prompt", "template", "min_count")),
+    "neighbors": ([neighbors], "the circuits nearest to those of a text", (*RECORDED, "prompt")),
+    "map": ([structure, circuit_map], "circuits in the plane, and whether near ones mean alike", RECORDED),
+    "usage": ([usage], "which neurons are used, and which together", RECORDED),
+    "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
+    "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"analyze.py: {message} (--help lists the options)\n")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command, or report, and all OPTIONS; those that are not the command's have their defaults."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command, (_, text, options) in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        for option in options:
+            sub.add_argument(f"--{option}", **OPTIONS[option])
+        if command == "curves":
+            sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log")
+    named = argv and argv[0] in (*COMMANDS, "-h", "--help")
+    args = parser.parse_args(argv if named else ["report", *argv])
+    args = argparse.Namespace(**{name: kind.get("default") for name, kind in OPTIONS.items()} | vars(args))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: torch sees no CUDA device")
+    for name, least in (("windows", 2), ("min_count", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}={getattr(args, name)} must be {least} or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, begin = parse_args(sys.argv[1:] if argv is None else argv), time.perf_counter()
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
+    drawn, path, sections = importlib.util.find_spec("plotly"), args.out_dir / f"{args.command}.html", []
+    try:
+        if args.command == "map" and not drawn:
+            raise ValueError("a map needs plotly, and is better with UMAP: pip install plotly umap-learn")
+        subject = args if args.command == "curves" else Subject(args)
+        for part in COMMANDS[args.command][0]:
+            try:
+                sections.append(part(subject))
+            except ValueError as error:
+                if args.command != "report":        # which goes on without a log, or facts
+                    raise
+                sections.append(Section(f"Part {len(sections) + 1}: left out", f"{error}."))
+        for section in sections:
+            section.print(14 if args.command == "report" else 10_000)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({section.title: vars(section) for section in sections}, ensure_ascii=False)
+        replace(path.with_suffix(".json"), content)
+        if drawn:
+            from plotly.offline import get_plotlyjs     # an extra
+            replace(path, page(f"sgatlin: {args.command} of {args.out_dir}", sections, get_plotlyjs()))
+        pictures = path if drawn else "no pictures: pip install plotly"
+        print(f"\nwrote {path.with_suffix('.json')} and {pictures} in {time.perf_counter() - begin:.0f} s")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"analyze.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
