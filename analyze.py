@@ -440,8 +440,8 @@ def structure(subject: Subject) -> Section:
             by_class.append([name, count, *(estimate(values, chosen) for values in compared.values())])
     return Section(
         "Do near circuits mean alike?", f"Of {len(queries)} random tokens: the share of the same token in "
-        f"the {NEIGHBORS} nearest circuits; and of the same class in the {NEIGHBORS} nearest of other tokens."
-        " Controls: the model before training; the trained gates dealt out to tokens at random; the share in "
+        f"the {NEIGHBORS} nearest circuits, and of the same class in the {NEIGHBORS} nearest of others. "
+        "Controls: the model before training; the trained gates dealt out to tokens at random; the share in "
         f"all tokens. Circuits of {subject.channels}; intervals of 95%, over windows.",
         [("Share of neighbours", ["layer", "gates", *measures], rows),
          (f"{measures[1]}, layer {subject.layer}", [way, "tokens", *compared], by_class)],
@@ -704,8 +704,8 @@ def report_patches(subject: Subject, template: str, facts: list[Fact], p: Tensor
         "where that changes nothing, and 1 where it moves the logits of the two answers as far as the other "
         f"prompt does. Means are over the {known.sum()} of {F * (F - 1)} ordered pairs whose prompts both "
         "prefer their own answer; a flip now prefers the other's. Controls: the gates of every third "
-        f"prompt; the prompt's own gates, which change {own_change:g} at most. The model's first choice is "
-        f"the answer in {right} of {F} facts. Intervals of 95%, over facts.",
+        f"prompt; its own gates, which change {own_change:g} at most. The model's first choice is the "
+        f"answer in {right} of {F} facts. Intervals of 95%, over facts.",
         [("Effect of patches", ["position", "layers", "effect", "third prompt", "difference", "flips",
                                 "flips, third"], rows),
          ("Facts", ["fact", "count", "of", "p(answer)", "first choice", "p"], table)],

@@ -1416,9 +1416,8 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
 # analyze.py: golden values, brute force, and a model whose circuits are planted
 
 @pytest.mark.parametrize("shape, tag, mix, value", [
-    ((12, 5, 7), 700, 0.0, 0.31252846), ((40, 6, 6), 710, 0.7, 0.96049237), ((8, 20, 3), 720, 0.0,
-                                                                             0.51489967),
-    ((30, 4, 4), 730, 1.0, 1.0)])
+    ((12, 5, 7), 700, 0.0, 0.31252846), ((40, 6, 6), 710, 0.7, 0.96049237),
+    ((8, 20, 3), 720, 0.0, 0.51489967), ((30, 4, 4), 730, 1.0, 1.0)])
 def test_cka_is_that_of_the_paper(shape, tag, mix, value):
     x = fill((shape[0], shape[1]), tag, 1.0, 0.25)
     y = fill((shape[0], shape[2]), tag + 1, 1.0)
@@ -1429,16 +1428,14 @@ def test_cka_is_that_of_the_paper(shape, tag, mix, value):
 
 
 def test_indirect_effect_is_that_of_the_paper():
-    clean, other = torch.tensor([[2, 3], [4, 5], [0, 9], [7, 7]]), torch.tensor([[1, 6], [8, 2], [3, 4],
-                                                                                 [5, 0]])
-    m = [analyze.preference(torch.from_numpy(fill((4, 10), tag, 3.0)), clean, other) for tag in (800, 801,
-                                                                                                 802)]
+    clean, other = torch.tensor([[[2, 3], [4, 5], [0, 9], [7, 7]], [[1, 6], [8, 2], [3, 4], [5, 0]]])
+    logits = [torch.from_numpy(fill((4, 10), tag, 3.0)) for tag in (800, 801, 802)]
+    m = [analyze.preference(z, clean, other) for z in logits]
     torch.testing.assert_close(torch.stack(m), torch.tensor([
         [-1.7386129, 1.3296621, -2.8905149, 1.4141551], [1.6383874, -0.5330844, -0.5516553, -1.8771553],
         [0.7976977, 0.5182257, 2.7331872, -3.6384275]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(analyze.indirect_effect(*m), torch.tensor([0.7510543, 0.4356129, 2.4044633,
-                                                                          1.5351280]),
-                               atol=1e-5, rtol=0)
+    effect = torch.tensor([0.7510543, 0.4356129, 2.4044633, 1.5351280])
+    torch.testing.assert_close(analyze.indirect_effect(*m), effect, atol=1e-5, rtol=0)
 
 
 def test_similarity_equals_the_dense_product():
@@ -1447,37 +1444,34 @@ def test_similarity_equals_the_dense_product():
     rows = torch.stack([torch.randperm(40)[:6] for _ in range(300)]).int()
     dense.scatter_(1, rows.long(), values)
     torch.testing.assert_close(analyze.gram((values, rows), 40), dense @ dense.T, atol=1e-5, rtol=1e-5)
-    tokens = torch.randint(0, 3, (10, 30)).numpy()
-    contexts, window = analyze.contexts_of(tokens).view(10, 30), analyze.CONTEXT
-    for a, b in ((a, b) for a in range(10) for b in range(10)):
-        same = tokens[a, 20 - window + 1:21].tolist() == tokens[b, 15 - window + 1:16].tolist()
-        assert same == (contexts[a, 20] == contexts[b, 15])
+    tokens = torch.randint(0, 3, (40, 30)).numpy()
+    contexts = analyze.contexts_of(tokens).view(40, 30)
+    for a, b in ((a, b) for a in range(40) for b in range(40)):
+        last = slice(max(0, 4 - analyze.CONTEXT), 4)
+        assert (tokens[a, last].tolist() == tokens[b, last].tolist()) == (contexts[a, 3] == contexts[b, 3])
     unit = torch.nn.functional.normalize(dense)
     contexts = torch.arange(300) // 2       # every context occurs twice
     for query, near in enumerate(analyze.nearest(unit @ unit.T, torch.eye(300, dtype=torch.bool), contexts)):
         order = [i for i in (unit @ unit[query]).argsort(descending=True).tolist() if i != query]
-        expected = list({i // 2: i for i in reversed(order)}.values())[::-1]
-        assert sorted(i for i, _ in near) == sorted(sorted(expected, key=order.index)[:analyze.NEIGHBORS])
+        best = [i for n, i in enumerate(order) if i // 2 not in [j // 2 for j in order[:n]]]
+        assert [i for i, _ in near] == best[:analyze.NEIGHBORS]
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=20)
-    mean, half = analyze.jackknife(lambda keep: values[keep].mean(), 20)
-    assert mean == pytest.approx(values.mean()) and half == pytest.approx(1.96 * values.std(ddof=1) / 20**0.5)
+    estimate = analyze.jackknife(lambda keep: values[keep].mean(), 20)
+    assert estimate == pytest.approx([values.mean(), 1.96 * values.std(ddof=1) / 20**0.5])
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A run whose letter 4a + b of a..p uses neuron 4a + b with gate 20 and 4a + (b+1) % 4 with 13, in
-    layer 0.
+    """A run whose letter 4a + b of a..p uses neuron 4a + b with gate 20 and 4a + (b+1) % 4 with 13.
 
-    Neuron i writes the capital of letter i. Layer 1 writes nothing, attention is silent, all other tokens
-    are 0.
+    Neuron i writes the capital of letter i. Layer 1 and attention write nothing; other tokens are 0.
     """
     folder = tmp_path_factory.mktemp("planted")
     rng = np.random.default_rng(0)
-    # two of each per window
-    letters = "".join("".join(rng.permutation(list("abcdefgh"))) for _ in range(16))
+    letters = "".join("".join(rng.permutation(list("abcdefgh"))) for _ in range(16))    # 2 of each a window
     (folder / "text").mkdir()
     (folder / "text/doc.txt").write_text("x")
     meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
@@ -1485,9 +1479,8 @@ def planted(tmp_path_factory):
         np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"]).tofile(folder / f"data/{part}.bin")
         meta[f"{part}_tokens"] = len(text)
     (folder / "data/meta.json").write_text(json.dumps(meta))
-    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16,
-                    n_channels=1,
-                    top_k=2, d_key=32)
+    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16, d_key=32,
+                    n_channels=1, top_k=2)
     model = GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
@@ -1499,9 +1492,8 @@ def planted(tmp_path_factory):
             block.ffn.w_in.fill_(32**-0.5)      # so that every neuron reads 1 from a letter
         keys = model.blocks[0].ffn.router.keys  # (1, 2, 4, 32)
         for t in range(16):
-            for half, (first, second) in enumerate(((10, 1), (10, 3))):
-                best = t // 4 if half == 0 else t % 4
-                keys[0, half, best, t], keys[0, half, (best + 1) % 4, t] = first * 32**-0.5, second * 32**-0.5
+            for half, best, second in ((0, t // 4, 1), (1, t % 4, 3)):
+                keys[0, half, best, t], keys[0, half, (best + 1) % 4, t] = 10 * 32**-0.5, second * 32**-0.5
         model.blocks[0].ffn.w_out[0, :, 16:] = torch.eye(16)
     tokenizer = dict(ranks=(folder / "data/tokenizer.tiktoken").read_text(), pat_str=meta["pat_str"])
     save_checkpoint(folder / "ckpt.pt", dict(
@@ -1518,15 +1510,14 @@ def test_planted_neighbours_are_found(planted):
     study = subject(planted, "neighbors", "--prompt=b", "--layer=0")
     torch.testing.assert_close(study.trained.gates[0, 0], torch.tensor([20.0, 13.0]), atol=1e-3, rtol=0)
     rows = analyze.neighbors(study).tables[0][2]
-    assert len(rows) == 11 and all("»b«" in row[2] and row[1] == pytest.approx(0, abs=1e-6)
-                                   for row in rows[1:])
+    assert len(rows) == 11 and all("»b«" in row[2] for row in rows)
+    assert [row[1] for row in rows[1:]] == pytest.approx([0] * 10, abs=1e-6)
     tokens, circuits = study.trained.tokens, study.circuits(study.trained, 0)
     place = int(np.flatnonzero(tokens == ord("b"))[0])
     sim = analyze.gram(circuits, 16)[:, place:place + 1]
-    found = analyze.nearest(sim, torch.from_numpy(tokens.ravel() == ord("b"))[:, None],
-                            analyze.contexts_of(tokens))[0]
-    # they share the neuron of gate 13 with one of 20
-    assert {tokens.flat[i] for i, _ in found} <= set(b"ac")
+    is_b = torch.from_numpy(tokens.ravel() == ord("b"))[:, None]
+    found = analyze.nearest(sim, is_b, analyze.contexts_of(tokens))[0]
+    assert {tokens.flat[i] for i, _ in found} <= set(b"ac")     # whose gate of 13 meets one of 20
     assert [value for _, value in found] == pytest.approx([13 * 20 / (20**2 + 13**2)] * 10)
     shares, chance = analyze.shares(circuits, np.arange(128), tokens, [tokens.ravel() // 4 % 2], 16)
     assert shares[0].min() == 1 and chance[0] == pytest.approx(1 / 8)
@@ -1535,8 +1526,7 @@ def test_planted_neighbours_are_found(planted):
 def test_planted_usage_and_coactivation(planted):
     study = subject(planted, "usage")
     rows = study.trained.rows[0]
-    # 8 of 16 neurons, all alike
-    assert analyze.usage_of(rows, 1, 16)[0] == pytest.approx([0.5, 0.5, 0.75])
+    assert analyze.usage_of(rows, 1, 16)[0] == pytest.approx([0.5, 0.5, 0.75])      # 8 of 16, all alike
     P = torch.zeros(16, 16)
     for i in range(8):
         group = i // 4 * 4
@@ -1550,26 +1540,25 @@ def test_planted_usage_and_coactivation(planted):
 def test_planted_patches_have_their_effects(planted):
     study = subject(planted, "patch", "--template=.{}")
     prefix, suffix, facts = analyze.find_facts(study, ".{}")
-    assert [(chr(f.word), chr(f.answer), f.count, f.total) for f in facts] == [
-        ("a", "A", 12, 12), ("f", "F", 12, 12), ("k", "K", 12, 12)] and (prefix, suffix) == ([ord(".")], [])
+    assert [tuple(fact) for fact in facts] == [(ord(word), ord(word) - 32, 12, 12) for word in "afk"]
+    assert (prefix, suffix) == ([ord(".")], [])
     section = analyze.patching(study)
     assert "own gates, which change 0 at most" in section.text
-    # effect, third prompt, difference, flips, third's
     effects = {row[1]: row for row in section.tables[0][2]}
-    for layers, expected in (("all", [1, 0.5, 0.5, 1, 0]), ("0", [1, 0.5, 0.5, 1, 0]),
-                             ("1", [0, 0, 0, 0, 0])):
+    for layers, expected in (("all", [1, 0.5, 0.5, 1, 0]), ("0", [1, 0.5, 0.5, 1, 0]), ("1", [0] * 5)):
         assert [value.mean for value in effects[layers][2:]] == pytest.approx(expected, abs=1e-5)
         assert [value.half for value in effects[layers][2:]] == pytest.approx([0] * 5, abs=1e-5)
-    assert all(row[4] == row[1] for row in [[*f[:1], f[0].split()[-1], *f[2:]] for f in section.tables[1][2]])
+    assert [row[0] for row in section.tables[1][2]] == ["a → A", "f → F", "k → K"]
+    assert [row[4] for row in section.tables[1][2]] == ["A", "F", "K"]      # the model's first choice
 
 
 def test_kinds_of_python_tokens():
-    code = b"def f(x):\n    return len('a b') + 10  # it's\n"
+    code = b"def f(x):\n    return len('a # b') + 10  # it's\ny = rb\"\"\"x\n'y' \"\"\""
     kinds = [(match.lastgroup, match[0].decode()) for match in analyze.PYTHON.finditer(code)]
-    assert b"".join(match[0] for match in analyze.PYTHON.finditer(code)) == code
-    assert ("string", "'a b'") in kinds and ("number", "10") in kinds and ("comment", "# it's") in kinds
-    assert ("string", 'rb"""x\n"y" """') in [
-        (m.lastgroup, m[0].decode()) for m in analyze.PYTHON.finditer(b'z = rb"""x\n"y" """ + 1')]
+    assert "".join(text for _, text in kinds).encode() == code
+    assert [text for kind, text in kinds if kind == "string"] == ["'a # b'", 'rb"""x\n\'y\' """']
+    assert ("number", "10") in kinds and ("comment", "# it's") in kinds
+    assert ("indentation", "\n    ") in kinds
 
 
 def test_report_holds_everything_and_loads_nothing(planted, capsys):
@@ -1577,19 +1566,17 @@ def test_report_holds_everything_and_loads_nothing(planted, capsys):
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
     assert list(content) == ["Part 1: left out", "Neighbours", "Do near circuits mean alike?", "Map",
-                             "Usage and co-activation",
-                             "Patching"]
+                             "Usage and co-activation", "Patching"]
     assert "log.jsonl is missing" in content["Part 1: left out"]["text"] and "== Patching ==" in out
-    text = analyze.page("<title>", [analyze.Section("a & b", "c < d", [("t", ["x"], [["<i>»y«"]])],
-                                                    [{"data": []}])], "")
+    section = analyze.Section("a & b", "c < d", [("t", ["x"], [["<i>»y«"]])], [{"data": []}])
+    text = analyze.page("<title>", [section], "")
     assert "http" not in text and "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text
     assert json.loads(html.unescape(re.search('data-figure="(.*?)"', text)[1])) == {"data": []}
     inner = torch.tensor([[1.0, 0], [0.6, 0.8], [-0.6, 0.8], [0, -1]])
     flat = torch.from_numpy(analyze.plane(inner @ inner.T, "PCA"))
     torch.testing.assert_close(torch.cdist(flat, flat), torch.cdist(inner, inner).double())
     assert (planted / "report.html").exists() == bool(importlib.util.find_spec("plotly"))
-    assert ("UMAP" if importlib.util.find_spec("umap")
-            else "pip install umap-learn") in content["Map"]["text"]
+    assert importlib.util.find_spec("umap") or "pip install umap-learn" in content["Map"]["text"]
 
 
 def test_curves(tmp_path, capsys):
@@ -1599,11 +1586,10 @@ def test_curves(tmp_path, capsys):
             dict(event="eval", step=s, tokens=10 * s, flops=100 * s, seconds=0.5 * s, train_loss=9.0,
                  val_loss=loss + 1 / (1 + s), val_bits_per_byte=1.0) for s in (0, 1, 3)]
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "ev')
-    analyze.main(["curves", str(tmp_path / "a"), str(tmp_path / "b/log.jsonl"),
-                  f"--out_dir={tmp_path / 'out'}"])
+    analyze.main(["curves", f"{tmp_path}/a", f"{tmp_path}/b/log.jsonl", f"--out_dir={tmp_path}/out"])
     table = json.loads((tmp_path / "out/curves.json").read_text())["Curves"]
-    assert [row[2:] for row in table["tables"][0][2]] == [
-        [3, 30, 300, 1.5, 9.0, loss, 1.0] for loss in (3.25, 2.25)]
+    for row, loss in zip(table["tables"][0][2], (3.25, 2.25), strict=True):
+        assert row[2:] == [3, 30, 300, 1.5, 9.0, loss, 1.0]
     assert [(d["x"], d["y"]) for d in table["figures"][0]["data"][:4]] == [
         ([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]), ([0.5, 1.5], [3.5, 3.25])]
 
@@ -1611,21 +1597,19 @@ def test_curves(tmp_path, capsys):
 @pytest.mark.parametrize("argv, message, code", [
     (["neighbors", "--out_dir=nowhere"], "nowhere/ckpt.pt is missing", 1),
     (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
-    (["neighbors", "--prompt="], "--prompt has 0 tokens", 1), (["usage", "--layer=2"],
-                                                               "--layer goes from 0 to 1", 1),
+    (["neighbors", "--prompt="], "has 0 tokens", 1), (["usage", "--layer=2"], "--layer goes from 0 to 1", 1),
     (["patch"], "give one with --template", 1), (["patch", "--template=abc"], "needs one {}", 1),
-    (["patch", "--template=q{}"], "has 0 facts with 10 occurrences", 1), (["curves", "none"],
-                                                                          "none/log.jsonl is missing", 1),
-    (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2), (["map", "--promt=x"], "unrecognized", 2),
-    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"],
-                                                                  "trained on: prepare that again", 1)])
+    (["patch", "--template=q{}"], "has 0 facts with 10 occurrences", 1),
+    (["curves", "none"], "none/log.jsonl is missing", 1), (["usage", "--promt=x"], "unrecognized", 2),
+    (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2),
+    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1)])
 def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
     if argv[0] in ("dense", "moved"):
         state = load_checkpoint(planted / "ckpt.pt")
         if argv[0] == "dense":
             state["config"] |= dict(ffn="mlp")
-            state["model"] = GPT(GPTConfig(**{k: state["config"][k]
-                                              for k in GPTConfig.__dataclass_fields__})).state_dict()
+            cfg = GPTConfig(**{name: state["config"][name] for name in GPTConfig.__dataclass_fields__})
+            state["model"] = GPT(cfg).state_dict()
         else:
             state["data"] |= dict(fingerprint="other")
         save_checkpoint(tmp_path / "ckpt.pt", state)
