@@ -264,9 +264,8 @@ def train_bpe(word_counts, vocab_size):
     count = np.append(np.repeat(np.fromiter(word_counts.values(), np.int64), np.diff(gaps)), 0)
     previous = np.arange(-1, len(tok) - 1)  # where the token before the one at p starts
     ranks = {bytes([byte]): byte for byte in range(256)}
-    tokens = list(ranks)
-    places = {}  # pair (left << 32 | right): the bytes where it came about, some of them stale
-    heap = []  # (-count, first place, pair)
+    # places of a pair (left << 32 | right): where it came about, in part stale; heap: (-count, place, pair)
+    tokens, places, heap = list(ranks), {}, []
 
     def add(where, left, right):
         pairs = (left << 32) + right
@@ -286,8 +285,7 @@ def train_bpe(word_counts, vocab_size):
     while heap and heap[0][0] < 0 and len(ranks) < vocab_size:
         # merges take places from other pairs, so their counts fall and first places move back: an entry is a
         # bound, and if it does not hold any more its pair goes back with the numbers of now
-        entry = heapq.heappop(heap)
-        pair = entry[2]
+        *_, pair = entry = heapq.heappop(heap)
         left, right = divmod(pair, 1 << 32)
         middle, end = len(tokens[left]), len(tokens[left]) + len(tokens[right])
         where = places[pair][tok[places[pair]] == left]
