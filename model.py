@@ -43,6 +43,9 @@ class GPTConfig:
     d_key: int = 128          # width of the router's queries and keys
     router: Literal["product_dense", "product_key", "dense", "key"] = "product_dense"  # sgatlin; see Router
     activation: Literal["identity", "gelu", "relu", "swish"] = "identity"  # after the gate; sgatlin
+    softmax_gates: bool = False  # gates of a channel through softmax, as in PEER; sgatlin
+    shared_pool: bool = False    # one pool of neurons for all channels, as in PEER; sgatlin
+    norm: bool = True         # RMSNorm before every layer, on queries and keys, and at the end
 
     def __post_init__(self):
         moe = self.ffn == "moe"
@@ -50,7 +53,7 @@ class GPTConfig:
         self.n_experts = self.n_experts or (8 if moe else 1024)
         self.top_k = self.top_k or (2 if moe else 8)
         for name, value in vars(self).items():
-            if name in GPTConfig.__annotations__ and isinstance(value, int) and value < 1:
+            if name in GPTConfig.__annotations__ and type(value) is int and value < 1:
                 raise ValueError(f"{name}={value} must be positive")
         for name, choices in (("ffn", FFN), ("router", ROUTERS), ("activation", ACTIVATION)):
             if getattr(self, name) not in choices:
@@ -124,6 +127,10 @@ class RMSNorm(nn.Module):
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
+def make_norm(cfg: GPTConfig, width: int) -> nn.Module:
+    return RMSNorm(width) if cfg.norm else nn.Identity()
+
+
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary position embedding of x (B, H, T, Dh) by rope (2, T, Dh/2), cosines and sines; by halves."""
     cos, sin = rope
@@ -156,8 +163,8 @@ class Attention(nn.Module):
         self.d_head = cfg.d_head
         self.qkv = Linear(cfg.d_model, 3 * cfg.d_model)         # rows: all queries, all keys, all values
         self.out = Linear(cfg.d_model, cfg.d_model)
-        self.q_norm = RMSNorm(cfg.d_head)
-        self.k_norm = RMSNorm(cfg.d_head)
+        self.q_norm = make_norm(cfg, cfg.d_head)
+        self.k_norm = make_norm(cfg, cfg.d_head)
 
     def forward(self, x: Tensor, rope: Tensor, layer: int = 0, cache: KVCache | None = None) -> Tensor:
         B, T, D = x.shape
@@ -244,29 +251,33 @@ def selected_neurons(x: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor,
 class SparselyGatedLinear(nn.Module):
     """y = sum_c sum_j g_cj <w_in[c, i_cj], x> w_out[c, i_cj] (arXiv 2606.07414, eq. 2).
 
-    With another activation than identity (the ablations of its Table 1) it is applied to g * <w_in, x>.
+    Ablations: an activation other than identity (its Table 1) is applied to g * <w_in, x>; softmax_gates and
+    shared_pool undo two of its changes to PEER.
     """
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.act = ACTIVATION[cfg.activation]
+        self.softmax = cfg.softmax_gates
         self.router = Router(cfg, cfg.router)
-        shape = cfg.n_channels, cfg.n_experts, cfg.d_model
+        shape = 1 if cfg.shared_pool else cfg.n_channels, cfg.n_experts, cfg.d_model
         self.w_in = lecun_normal(*shape, fan_in=cfg.n_experts)
         self.w_out = lecun_normal(*shape, fan_in=cfg.n_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        C, E, D = self.w_in.shape
+        P, E, D = self.w_in.shape                                           # P = C pools, or one
         flat = x.reshape(-1, D)                                             # (N, D)
         gates, ids = self.router(flat)                                      # (N, C, k)
-        first = torch.arange(0, C * E, E, dtype=ids.dtype, device=ids.device)   # first row of each channel
+        if self.softmax:
+            gates = gates.softmax(dim=-1)
+        first = torch.arange(0, P * E, E, dtype=ids.dtype, device=ids.device)   # first row of each pool
         rows = (ids + first[:, None]).flatten(1)                            # (N, C*k)
         y = selected_neurons(flat, rows, self.w_in.view(-1, D), self.w_out.view(-1, D),
                              lambda u: self.act(gates.flatten(1) * u))
         return y.view_as(x)
 
     def flops(self) -> int:
-        C, E, D = self.w_in.shape
+        C, D = self.router.keys.shape[0], self.w_in.shape[2]
         return self.router.flops() + 4 * C * self.router.top_k * D
 
 
@@ -369,8 +380,8 @@ FFN = {"sgatlin": SparselyGatedLinear, "peer": PEER, "moe": MoE, "swiglu": SwiGL
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(cfg.d_model), Attention(cfg)
-        self.ffn_norm, self.ffn = RMSNorm(cfg.d_model), FFN[cfg.ffn](cfg)
+        self.attn_norm, self.attn = make_norm(cfg, cfg.d_model), Attention(cfg)
+        self.ffn_norm, self.ffn = make_norm(cfg, cfg.d_model), FFN[cfg.ffn](cfg)
 
     def forward(self, x: Tensor, rope: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, layer, cache)
@@ -384,7 +395,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)      # also the unembedding
         nn.init.normal_(self.embedding.weight, std=cfg.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = RMSNorm(cfg.d_model)
+        self.norm = make_norm(cfg, cfg.d_model)
         frequency = 10_000 ** (-torch.arange(0, cfg.d_head, 2) / cfg.d_head)            # (Dh/2,)
         angle = torch.arange(cfg.block_size)[:, None] * frequency                       # (T, Dh/2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)

@@ -510,6 +510,31 @@ def test_layer_is_linear_given_its_gates():
     torch.testing.assert_close(layer(2 * x + z), 2 * y + layer(z), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("softmax_gates", [False, True])
+@pytest.mark.parametrize("shared_pool", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_ablations_are_what_they_say(softmax_gates, shared_pool, activation):
+    layer = tiny(softmax_gates=softmax_gates, shared_pool=shared_pool, activation=activation).blocks[0].ffn
+    assert len(layer.w_in) == (1 if shared_pool else 2)
+    x = torch.randn(5, 32)
+    gates, ids = layer.router(x)
+    gates = gates.softmax(-1) if softmax_gates else gates
+    pool = torch.tensor([[0], [0 if shared_pool else 1]])
+    a = gates * torch.einsum("nckd,nd->nck", layer.w_in[pool, ids.long()], x)
+    a = torch.nn.functional.gelu(a, approximate="tanh") if activation == "gelu" else a
+    truth = torch.einsum("nck,nckd->nd", a, layer.w_out[pool, ids.long()])
+    torch.testing.assert_close(layer(x), truth, atol=1e-5, rtol=1e-4)
+
+
+def test_without_norm_none_is_left():
+    model, normed = tiny(norm=False), tiny()
+    assert {name for name, _ in normed.named_parameters()} - {name for name, _ in model.named_parameters()} \
+        == {name for name, _ in normed.named_parameters() if "norm" in name}
+    block, x = model.blocks[0], torch.randn(1, 12, 32)
+    y = x + block.attn(x, model.rope, 0, None)
+    torch.testing.assert_close(block(x, model.rope, 0, None), y + block.ffn(y))
+
+
 def test_moe_groups_tokens_and_computes_the_same():
     torch.manual_seed(0)
     moe = FFN["moe"](GPTConfig(d_model=16, d_head=8, d_ff=24, ffn="moe", n_experts=5, top_k=2))
