@@ -347,6 +347,19 @@ def make_tokenizer(kind, corpus, vocab_size):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), pat_str
 
 
+def batches(texts, n_characters=2**23):
+    """The texts in lists of about n_characters together: what write_bin holds in memory."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= n_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def write_bin(corpus, part, tokenizer, path, dtype, sha):
     """Encode the documents of one part into a new file and the hash sha; returns counts for meta.json."""
     eot = np.array([tokenizer.eot_token], np.uint32)
@@ -355,10 +368,9 @@ def write_bin(corpus, part, tokenizer, path, dtype, sha):
         ids = (tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts)
         return np.concatenate([part for document in ids for part in (document, eot)]).astype(dtype)
 
-    counts, texts = collections.Counter(), corpus.documents(part)
-    workers = os.cpu_count()
+    counts, workers = collections.Counter(), os.cpu_count()
     with Phase(f"encode {part}") as phase, open(path, "wb") as file, ThreadPoolExecutor(workers) as pool:
-        while batch := list(itertools.islice(texts, 512)):
+        for batch in batches(corpus.documents(part)):
             for ids in pool.map(encode, (batch[i:i + 8] for i in range(0, len(batch), 8))):
                 file.write(ids)
                 sha.update(ids)
