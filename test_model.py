@@ -1186,16 +1186,57 @@ def test_prepare_train_interrupt_resume_sample(tmp_path):
     assert first == second and first.isascii() and len(first) > 20
 
 
-def test_two_processes_follow_one(data, trained, tmp_path):
-    printed = finished(start((2, "train.py"), *SMALL, f"--data_dir={data}", "--steps=20",
-                             "--decay_fraction=0", "--micro_batch_size=1", f"--out_dir={tmp_path}"))
+SAVING = """
+import shutil, train
+def save(run, before=train.Run.save):
+    before(run)
+    optimizer = getattr(run.optimizer, "optim", run.optimizer)      # a sharded one's own share
+    print("holds", sum(t.nbytes for state in optimizer.state.values() for t in state.values()), flush=True)
+    if run.step == 10 and not run.processes.rank:
+        shutil.copytree(run.cfg.out_dir, run.cfg.out_dir + "-10")
+train.Run.save = save
+train.main()
+"""
+
+
+def two_processes(folder, *args):
+    """train.py that keeps a copy of the run at step 10; what it prints, and the bytes of state a process
+    holds at the end."""
+    (folder / "saving.py").write_text(SAVING)
+    printed = finished(start((2, folder / "saving.py"), *args, PYTHONPATH=str(ROOT)))
+    return printed, [int(count) for count in re.findall(r"holds (\d+)", printed)[-2:]]
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """The twenty steps of `trained` on two processes."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, *two_processes(out.parent, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10",
+                               "--decay_fraction=0", "--micro_batch_size=1", f"--out_dir={out}")
+
+
+def test_two_processes_follow_one(trained, two):
+    out, printed, _ = two
     assert printed.count("step     20/20 | loss") == 1          # only one of them prints
     for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
-        one, two = ({entry["step"]: entry[key] for entry in log(out, event)} for out in (trained, tmp_path))
-        both = one.keys() & two.keys()          # the two runs evaluate at different steps
-        assert 20 in both and [two[s] for s in both] == pytest.approx([one[s] for s in both], rel=1e-4)
-    one, two = (load(out)["model"]["embedding.weight"] for out in (trained, tmp_path))
-    assert (one - two).abs().max() < 1e-4
+        one, both = ([entry[key] for entry in log(folder, event)] for folder in (trained, out))
+        assert both == pytest.approx(one, rel=1e-4)
+    a, b = (load(folder)["model"]["embedding.weight"] for folder in (trained, out))
+    assert (a - b).abs().max() < 1e-4
+
+
+def test_sharded_state_is_half_and_changes_nothing(two, tmp_path):
+    """Unsharded to step 10, sharded to 20, both on two processes; then unsharded, on one, to 22."""
+    out, _, whole = two
+    sharded = shutil.copytree(f"{out}-10", tmp_path / "sharded")
+    _, shares = two_processes(tmp_path, "--resume", "--zero", "--steps=20", f"--out_dir={sharded}")
+    assert max(shares) < 0.55 * whole[0] and whole[0] == whole[1] == sum(shares)
+    for folder in (out, sharded):
+        run(shutil.copytree(folder, tmp_path / f"{folder.name}-22"), "--resume", "--no-zero", "--steps=22")
+    assert_same_state(sharded, out)
+    assert_same_state(tmp_path / "sharded-22", tmp_path / "out-22")
+    assert load(sharded)["optimizer"]["param_groups"] == load(out)["optimizer"]["param_groups"]
+    assert [len(entry["versions"]) for entry in log(tmp_path / "sharded-22", "resume")] == [4, 4]
 
 
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
@@ -1271,7 +1312,7 @@ def fails(capsys, main, *args):
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
-    ("--resume --overwrite", "give one"), ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
+    ("--resume --overwrite", "give one"), ("--zero", "start them with torchrun"), ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
 def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
     assert message in fails(capsys, train.main, *args) and not (tmp_path / "out").exists()
