@@ -90,7 +90,7 @@ class TrainConfig(GPTConfig):
 CPU_PRESET = dict(block_size=256, d_model=128, batch_size=8, micro_batch_size=8, steps=1100, warmup_steps=50,
                   learning_rate=6e-3, eval_interval=100, eval_sequences=64, compile=False)
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
-             "log_interval", "device", "dtype", "compile", "fused", "zero"}  # what may change in a resumed run
+             "log_interval", "device", "dtype", "compile", "fused", "zero"}  # may change in a resumed run
 
 
 # -----------------------------------------------------------------------------------------------------------
