@@ -894,7 +894,8 @@ def isoflop(runs: list[Path]) -> Section:
         "of the steps, without evaluations. Seconds to equal loss compare the best sizes: a ratio below 1 "
         "means that the first variant is quicker, and - that it never reaches that loss; then the line "
         "below has the other way round. A falling learning rate brings a run to its low losses only near "
-        f"its end, so a run planned for just that loss would need fewer seconds than these.{notes}", tables, figures)
+        f"its end, so a run planned for just that loss would need fewer seconds than these.{notes}",
+        tables, figures)
 
 
 def isoflop_figure(budget: float, groups: list[Group], timed: list[Group]) -> dict:

@@ -3,7 +3,7 @@
     python train.py                                    # a laptop or one GPU; --help lists every setting
     python train.py --ffn=swiglu --scale=2 --flops=1e15   # a model of the paper's ladder, a budget of compute
     torchrun --nproc_per_node=8 train.py               # eight GPUs; on CPUs add --device=cpu
-    torchrun --nproc_per_node=8 train.py --zero        # each with an eighth of the optimizer's state
+    torchrun --nproc_per_node=8 train.py --zero        # each with its share of the optimizer's state
     python train.py --resume                           # continue after Ctrl-C, a kill or a crash
 
 Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, the tokenizer) and log.jsonl
