@@ -6,6 +6,7 @@
     python analyze.py usage                                   # which neurons are used, and which together
     python analyze.py patch --template "from {} import"       # the gates of one prompt in another
     python analyze.py curves out other/log.jsonl              # loss against steps, tokens, FLOPs, seconds
+    python analyze.py isoflop runs/*                          # at equal training FLOPs, which model is best?
 
 A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers and
 channels count from 0, as in model.blocks. Every command prints its tables and writes COMMAND.html and
@@ -20,15 +21,17 @@ import contextlib
 import functools
 import html
 import importlib.util
+import itertools
 import json
 import keyword
 import math
 import os
 import re
+import statistics
 import sys
 import time
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +42,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import GPT, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from sample import load_model
 from train import Data, TrainConfig
 
@@ -715,22 +718,28 @@ def report_patches(subject: Subject, template: str, facts: list[Fact], p: Tensor
 
 
 # -----------------------------------------------------------------------------------------------------------
-# curves
+# logs: curves, and models of equal training FLOPs
+
+def read_log(run: Path) -> dict[str, list[dict]]:
+    """The entries in the log of a run (log.jsonl, or its folder) by event. ValueErrors are the user's."""
+    path, log = run if run.suffix == ".jsonl" else run / "log.jsonl", defaultdict(list)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: python train.py makes it")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
+            entry = json.loads(line)
+            log[entry["event"]].append(entry)
+    if not log["config"] or not log["eval"]:
+        raise ValueError(f"{path} holds no evaluation of train.py")
+    return log
+
 
 def curves(runs: list[Path]) -> Section:
     """Validation loss of runs (log.jsonl, or its folder) against steps, tokens, FLOPs and seconds."""
     axes, rows, data = ("step", "tokens", "flops", "seconds"), [], []
     for r, run in enumerate(runs):
-        path, entries = run if run.suffix == ".jsonl" else run / "log.jsonl", []
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: python train.py makes it")
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
-                entries.append(json.loads(line))
-        evals = [entry for entry in entries if isinstance(entry, dict) and entry.get("event") == "eval"]
-        if not evals or "config" not in entries[0]:
-            raise ValueError(f"{path} holds no evaluation of train.py")
-        ffn, last = entries[0]["config"]["ffn"], (*axes, "train_loss", "val_loss", "val_bits_per_byte")
+        log, last = read_log(run), (*axes, "train_loss", "val_loss", "val_bits_per_byte")
+        evals, ffn = log["eval"], log["config"][0]["config"]["ffn"]
         rows.append([str(run), ffn, *(evals[-1][name] for name in last)])
         for i, name in enumerate(axes, 1):      # without step 0, which has no place on a logarithmic axis
             x, y = ([entry[key] for entry in evals if entry["step"]] for key in (name, "val_loss"))
@@ -744,6 +753,166 @@ def curves(runs: list[Path]) -> Section:
         [("Last evaluation", ["run", "ffn", *axes, "train loss", "validation loss", "bits per byte"], rows)],
         [figure(data, "Validation loss", 700, grid=dict(rows=2, columns=2, pattern="independent"),
                 **layout)])
+
+
+SAME = ("eval_sequences", "block_size", "vocab_size", "batch_size", "learning_rate", "weight_decay",
+        "warmup_steps", "decay_fraction", "grad_clip")      # in all runs that are compared
+VARIED = "activation", "router", "softmax_gates", "shared_pool", "norm"     # what names a variant of a layer
+
+
+@dataclass
+class Group:
+    """The runs of one model with one budget; they differ by their seeds, over which numbers are averaged."""
+    runs: list[Path]
+    variant: str            # the ffn, and what differs from its defaults
+    cfg: GPTConfig
+    total: int              # parameters
+    active: int             # of them, per token
+    losses: list[float]     # after the last step, one per seed
+    evals: list[dict]       # those at the steps that the runs have in common
+    machines: set[str]
+
+    @property
+    def loss(self) -> float:
+        return self.evals[-1]["val_loss"]
+
+
+def check_comparable(runs: list[Path], logs: list[dict]) -> None:
+    """Raises ValueError if a run did not spend a budget, or two differ by more than model, budget, seed."""
+    first, seen, budgets = None, {}, Counter(log["config"][0]["config"]["flops"] for log in logs)
+    for run, log in zip(runs, logs):
+        start, step = log["config"][0], log["eval"][-1]["step"]
+        cfg = start["config"]
+        if not cfg["flops"]:
+            raise ValueError(f"{run} was not trained to a budget: python train.py --flops=...")
+        if step != cfg["steps"]:
+            raise ValueError(f"{run} was last evaluated at step {step}, and its budget is {cfg['steps']} "
+                             "steps: give runs that ended there")
+        dtype, device = cfg["dtype"], start["versions"]["machine"].split(":")[0]
+        settings = {name: cfg[name] for name in SAME} | dict(
+            data=start["data"]["fingerprint"], dtype=f"auto on {device}" if dtype == "auto" else dtype)
+        first = first or settings
+        for name, value in settings.items():
+            if value != first[name]:
+                raise ValueError(f"{runs[0]} and {run} are not comparable: {name}={first[name]} and {value}")
+        same = *vars(model_config(cfg)).values(), cfg["flops"], cfg["seed"]
+        if same in seen:
+            raise ValueError(f"{seen[same]} and {run} are the same run, with seed={cfg['seed']}: give one")
+        seen[same] = run
+    for run, log in zip(runs, logs):
+        if budgets[flops := log["config"][0]["config"]["flops"]] == 1:
+            raise ValueError(f"{run} alone has flops={flops:g}: there is nothing to compare it with")
+
+
+def model_config(settings: dict) -> GPTConfig:
+    """Of the settings of a run; those newer than the run have their defaults."""
+    return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings})
+
+
+def group_runs(runs: list[Path], logs: list[dict]) -> dict[float, list[Group]]:
+    """The groups of each budget, the lowest loss first."""
+    by_model, budgets = defaultdict(dict), defaultdict(list)
+    for run, log in zip(runs, logs):
+        settings = log["config"][0]["config"]
+        by_model[settings["flops"], *vars(model_config(settings)).values()][run] = log
+    for (budget, *sizes), of_run in by_model.items():
+        cfg, alike = GPTConfig(*sizes), list(of_run.values())
+        changed = {name: value for name in VARIED
+                   if (value := getattr(cfg, name)) != getattr(GPTConfig, name)}
+        words = [value if isinstance(value, str) else name if value else f"no {name}"
+                 for name, value in changed.items()]
+        by_step = [{entry["step"]: entry for entry in log["eval"]} for log in alike]
+        evals = [entry | {key: statistics.fmean(entries[entry["step"]][key] for entries in by_step)
+                          for key in ("seconds", "val_loss", "val_bits_per_byte")}
+                 for entry in alike[0]["eval"] if all(entry["step"] in entries for entries in by_step)]
+        machines = {f"{entry['versions']['machine']}, {entry['versions'].get('processes', 1)} process(es)"
+                    for log in alike for entry in log["config"] + log["resume"]}
+        with torch.device("meta"):
+            total, active = GPT(cfg).num_params()
+        losses = [log["eval"][-1]["val_loss"] for log in alike]
+        budgets[budget].append(Group(list(of_run), " ".join([cfg.ffn, *words]), cfg, total, active, losses,
+                                     evals, machines))
+    return {budget: sorted(budgets[budget], key=lambda group: group.loss) for budget in sorted(budgets)}
+
+
+def seconds_to(evals: list[dict], loss: float) -> float | None:
+    """When the validation loss, linear between evaluations, first reaches a value; None: never."""
+    for a, b in itertools.pairwise(evals):
+        if a["val_loss"] <= loss:
+            return a["seconds"]
+        if b["val_loss"] <= loss:
+            share = (a["val_loss"] - loss) / (a["val_loss"] - b["val_loss"])
+            return a["seconds"] + share * (b["seconds"] - a["seconds"])
+    return None
+
+
+def race(best: list[Group]) -> list[list]:
+    """Seconds to equal loss: sgatlin to that of each other variant, and the other way where it cannot."""
+    ours, rows = next((group for group in best if group.variant == "sgatlin"), None), []
+    for rival in best:
+        pairs = [(ours, rival), (rival, ours)] if ours and ours is not rival else []
+        for runner, goal in pairs:
+            seconds, own = seconds_to(runner.evals, goal.loss), goal.evals[-1]["seconds"]
+            rows.append([runner.variant, goal.variant, goal.loss, own, "-" if seconds is None else seconds,
+                         "-" if seconds is None else seconds / own])
+            if seconds is not None:
+                break
+    return rows
+
+
+def isoflop(runs: list[Path]) -> Section:
+    """Runs that spent equal FLOPs: the losses of models and sizes, and the seconds to equal loss."""
+    logs = [read_log(run) for run in runs]
+    check_comparable(runs, logs)
+    tables, figures, notes = [], [], ""
+    for budget, groups in group_runs(runs, logs).items():
+        best = {group.variant: group for group in reversed(groups)}     # the lowest loss stays
+        rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.runs[0]),
+                 f"{group.cfg.n_layer} x {group.cfg.d_model}", group.total, group.active, last["tokens"],
+                 last["step"], len(group.losses), group.loss,
+                 statistics.stdev(group.losses) if len(group.losses) > 1 else "-", math.exp(group.loss),
+                 last["val_bits_per_byte"], last["seconds"]]
+                for group in groups for last in group.evals[-1:]]
+        tables.append((f"{budget:g} FLOPs: validation loss",
+                       ["variant", "best size", "first run", "layers x d_model", "parameters", "active",
+                        "tokens", "steps", "seeds", "loss", "sd", "perplexity", "bits per byte", "seconds"],
+                       rows))
+        leaders = sorted(best.values(), key=lambda group: group.loss)
+        machines = set().union(*(group.machines for group in leaders))
+        if len(machines) > 1:
+            notes += (f" At {budget:g} FLOPs no seconds are compared: the runs are of "
+                      f"{' and of '.join(sorted(machines))}.")
+        elif rows := race(leaders):
+            tables.append((f"{budget:g} FLOPs: seconds to equal loss",
+                           ["variant", "reaches the final loss of", "loss", "which took", "after", "ratio"],
+                           rows))
+        figures.append(isoflop_figure(budget, groups, leaders if len(machines) == 1 else []))
+    return Section(
+        "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the lowest "
+        "loss first, in nats per token of validation text after the last step. A star marks the best size "
+        "of a variant. Numbers are means over seeds, and sd their standard deviation; seconds are those "
+        "of the steps, without evaluations. Seconds to equal loss compare the best sizes: a ratio below 1 "
+        "means that the first variant is quicker, and - that it never reaches that loss; then the line "
+        "below has the other way round. A falling learning rate brings a run to its low losses only near "
+        f"its end, so a run planned for just that loss would need fewer seconds than these.{notes}",
+        tables, figures)
+
+
+def isoflop_figure(budget: float, groups: list[Group], timed: list[Group]) -> dict:
+    """The final loss against parameters, and, of the best sizes, the loss against seconds."""
+    data, layout = [], {}
+    for c, variant in enumerate(sorted({group.variant for group in groups})):
+        sizes = sorted((group.total, group.loss) for group in groups if group.variant == variant)
+        lines = [tuple(zip(*sizes))] + [
+            tuple(zip(*((entry["seconds"], entry["val_loss"]) for entry in group.evals if entry["step"])))
+            for group in timed if group.variant == variant]     # step 0 has no place on a logarithmic axis
+        data += [dict(type="scatter", mode="lines+markers", name=variant, legendgroup=variant, x=x, y=y,
+                      xaxis=f"x{i}", yaxis=f"y{i}", showlegend=i == 1, line=dict(color=colour(c)))
+                 for i, (x, y) in enumerate(lines, 1)]
+    for i, name in enumerate(("parameters", "seconds")[:1 + bool(timed)], 1):
+        layout[f"xaxis{i}"] = dict(title=dict(text=name), type="log")
+    return figure(data, f"Validation loss with {budget:g} FLOPs", 420, **layout,
+                  grid=dict(rows=1, columns=len(layout), pattern="independent"))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -769,6 +938,8 @@ COMMANDS = {    # name: parts, help, options. A part takes the Subject and retur
     "usage": ([usage], "which neurons are used, and which together", RECORDED),
     "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
     "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),
+    "isoflop": ([lambda args: isoflop(args.runs)], "models trained with equal FLOPs: loss, size and seconds",
+                RECORDED[:1]),
 }
 
 
@@ -785,7 +956,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for option in options:
             sub.add_argument(f"--{option}", **OPTIONS[option])
-        if command == "curves":
+        if command in ("curves", "isoflop"):
             sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log")
     named = argv and argv[0] in (*COMMANDS, "-h", "--help")
     args = parser.parse_args(argv if named else ["report", *argv])
@@ -805,7 +976,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.command == "map" and not drawn:
             raise ValueError("a map needs plotly, and is better with UMAP: pip install plotly umap-learn")
-        subject = args if args.command == "curves" else Subject(args)
+        subject = args if "runs" in args else Subject(args)
         for part in COMMANDS[args.command][0]:
             try:
                 sections.append(part(subject))

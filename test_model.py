@@ -330,6 +330,18 @@ def test_ladder_has_the_sizes_of_the_paper(ffn, scale, params, flops_1024, flops
     assert (model.flops_per_sequence(1024), model.flops_per_sequence(2048)) == (flops_1024, flops_2048)
 
 
+@pytest.mark.parametrize("ffn, scale, flops, batch_size, block_size, steps", [
+    ("mlp", 1, 1e17, 64, 1024, 323375), ("mlp", 1, 6e18, 128, 2048, 2910383),
+    ("swiglu", 2, 1e17, 64, 1024, 53895), ("moe", 1, 1e18, 128, 2048, 460594),
+    ("peer", 1, 6e18, 128, 2048, 1385896), ("sgatlin", 1, 1e17, 64, 1024, 258700),
+    ("sgatlin", 1, 1e18, 128, 2048, 421794)])
+def test_budget_buys_the_steps_of_the_paper(ffn, scale, flops, batch_size, block_size, steps):
+    """Those that the paper's code makes of the budgets of its isoflop runs."""
+    cfg = train.make_config(dict(ffn=ffn, scale=scale, flops=flops, batch_size=batch_size, vocab_size=8,
+                                 block_size=block_size), "cpu")
+    assert train.Run(cfg, train.Processes("cpu"), None, None).cfg.steps == steps
+
+
 @pytest.mark.parametrize("router, params, flops", [
     ("product_dense", 2356233984, 112742891520), ("product_key", 2392803072, 187636383744),
     ("dense", 2542225152, 493652803584), ("key", 2559919872, None)])
@@ -1186,16 +1198,57 @@ def test_prepare_train_interrupt_resume_sample(tmp_path):
     assert first == second and first.isascii() and len(first) > 20
 
 
-def test_two_processes_follow_one(data, trained, tmp_path):
-    printed = finished(start((2, "train.py"), *SMALL, f"--data_dir={data}", "--steps=20",
-                             "--decay_fraction=0", "--micro_batch_size=1", f"--out_dir={tmp_path}"))
+SAVING = """
+import shutil, train
+def save(run, before=train.Run.save):
+    before(run)
+    optimizer = getattr(run.optimizer, "optim", run.optimizer)      # a sharded one's own share
+    print("holds", sum(t.nbytes for state in optimizer.state.values() for t in state.values()), flush=True)
+    if run.step == 10 and not run.processes.rank:
+        shutil.copytree(run.cfg.out_dir, run.cfg.out_dir + "-10")
+train.Run.save = save
+train.main()
+"""
+
+
+def two_processes(folder, *args):
+    """train.py that keeps a copy of the run at step 10; what it prints, and the bytes of state a process
+    holds at the end."""
+    (folder / "saving.py").write_text(SAVING)
+    printed = finished(start((2, folder / "saving.py"), *args, PYTHONPATH=str(ROOT)))
+    return printed, [int(count) for count in re.findall(r"holds (\d+)", printed)[-2:]]
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """The twenty steps of `trained` on two processes."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, *two_processes(out.parent, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10",
+                               "--decay_fraction=0", "--micro_batch_size=1", f"--out_dir={out}")
+
+
+def test_two_processes_follow_one(trained, two):
+    out, printed, _ = two
     assert printed.count("step     20/20 | loss") == 1          # only one of them prints
     for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
-        one, two = ({entry["step"]: entry[key] for entry in log(out, event)} for out in (trained, tmp_path))
-        both = one.keys() & two.keys()          # the two runs evaluate at different steps
-        assert 20 in both and [two[s] for s in both] == pytest.approx([one[s] for s in both], rel=1e-4)
-    one, two = (load(out)["model"]["embedding.weight"] for out in (trained, tmp_path))
-    assert (one - two).abs().max() < 1e-4
+        one, both = ([entry[key] for entry in log(folder, event)] for folder in (trained, out))
+        assert both == pytest.approx(one, rel=1e-4)
+    a, b = (load(folder)["model"]["embedding.weight"] for folder in (trained, out))
+    assert (a - b).abs().max() < 1e-4
+
+
+def test_sharded_state_is_half_and_changes_nothing(two, tmp_path):
+    """Unsharded to step 10, sharded to 20, both on two processes; then unsharded, on one, to 22."""
+    out, _, whole = two
+    sharded = shutil.copytree(f"{out}-10", tmp_path / "sharded")
+    _, shares = two_processes(tmp_path, "--resume", "--zero", "--steps=20", f"--out_dir={sharded}")
+    assert max(shares) < 0.55 * whole[0] and whole[0] == whole[1] == sum(shares)
+    for folder in (out, sharded):
+        run(shutil.copytree(folder, tmp_path / f"{folder.name}-22"), "--resume", "--no-zero", "--steps=22")
+    assert_same_state(sharded, out)
+    assert_same_state(tmp_path / "sharded-22", tmp_path / "out-22")
+    assert load(sharded)["optimizer"]["param_groups"] == load(out)["optimizer"]["param_groups"]
+    assert [len(entry["versions"]) for entry in log(tmp_path / "sharded-22", "resume")] == [4, 4]
 
 
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
@@ -1271,7 +1324,8 @@ def fails(capsys, main, *args):
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
-    ("--resume --overwrite", "give one"), ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
+    ("--resume --overwrite", "give one"), ("--zero", "start them with torchrun"),
+    ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
 def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
     assert message in fails(capsys, train.main, *args) and not (tmp_path / "out").exists()
@@ -1617,6 +1671,68 @@ def test_curves(tmp_path, capsys):
         assert row[2:] == [3, 30, 300, 1.5, 9.0, loss, 1.0]
     assert [(d["x"], d["y"]) for d in table["figures"][0]["data"][:4]] == [
         ([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]), ([0.5, 1.5], [3.5, 3.25])]
+
+
+def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x", until=20,
+               **settings):
+    """The log of a run of 20 steps, with three evaluations and these losses."""
+    cfg = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
+    versions = dict(machine=machine, processes=1)
+    lines = [dict(event="config", config=cfg, data=dict(fingerprint=fingerprint), versions=versions)] + [
+        dict(event="eval", step=s, tokens=10 * s, flops=100 * s, seconds=seconds * s / 20, train_loss=9.0,
+             val_loss=loss, val_bits_per_byte=loss / 2) for s, loss in zip((0, 10, until), losses)]
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_isoflop(tmp_path):
+    runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1), 140),
+            budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), 160, seed=1),    # means: 4 at 75 s, 3 at 150
+            budget_run(tmp_path / "c", "sgatlin", (8, 6, 5), n_layer=2),
+            budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
+            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5))]
+    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
+    result = json.loads((tmp_path / "isoflop.json").read_text())["Equal FLOPs"]
+    (_, _, rows), (_, _, races) = result["tables"]
+    assert [row[:2] + row[8:11] for row in rows] == [
+        ["sgatlin swish no norm", "*", 1, 2.5, "-"],
+        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx(0.02**0.5)], ["mlp", "*", 1, 3.5, "-"],
+        ["sgatlin", "", 1, 5, "-"]]
+    model = on_meta(GPTConfig())
+    assert rows[1][2:8] == [f"{tmp_path}/a", "4 x 256", *model.num_params(), 200, 20]
+    assert rows[1][11:] == pytest.approx([math.exp(3), 1.5, 150])
+    assert races == [["sgatlin", "sgatlin swish no norm", 2.5, 100, "-", "-"],
+                     ["sgatlin swish no norm", "sgatlin", *map(pytest.approx, (3, 150, 250 / 3, 5 / 9))],
+                     ["sgatlin", "mlp", *map(pytest.approx, (3.5, 100, 75 + 75 / 2, 1.125))]]
+    lines = {(d["name"], d["xaxis"]): (d["x"], d["y"]) for d in result["figures"][0]["data"]}
+    assert lines["mlp", "x2"] == ([50, 100], [5, 3.5]) and len(lines["sgatlin", "x1"][0]) == 2
+    budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
+    section = analyze.isoflop(runs)
+    assert len(section.tables) == 1 and len(section.figures[0]["data"]) == 3
+    assert "no seconds are compared: the runs are of cpu: 1 threads, 1 process(es)" in section.text
+
+
+@pytest.mark.parametrize("other, message", [
+    (dict(fingerprint="y"), "a and .*b are not comparable: data=x and y"),
+    (dict(eval_sequences=64), "a and .*b are not comparable: eval_sequences=128 and 64"),
+    (dict(block_size=512), "block_size=1024 and 512"), (dict(vocab_size=99), "vocab_size=8192 and 99"),
+    (dict(batch_size=8), "batch_size=256 and 8"), (dict(learning_rate=1.0), "learning_rate=0.001 and 1.0"),
+    (dict(weight_decay=0.0), "weight_decay=0.1 and 0.0"), (dict(warmup_steps=0), "warmup_steps=100 and 0"),
+    (dict(decay_fraction=0.5), "decay_fraction=0.2 and 0.5"), (dict(grad_clip=1.0), "grad_clip=2.0 and 1"),
+    (dict(dtype="float32"), "dtype=auto on cpu and float32"),
+    (dict(machine="cuda: H200"), "dtype=auto on cpu and auto on cuda"),
+    (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
+    (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
+    (dict(flops=2e12), r"a alone has flops=1e\+12: there is nothing to compare it with"),
+    ({}, "a and .*b are the same run, with seed=1337")])
+def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
+    runs = [budget_run(tmp_path / name, "mlp", (8, 5, 3), **settings)
+            for name, settings in (("a", {}), ("b", other))]
+    with pytest.raises(SystemExit, match=message) as stop:
+        analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
+    assert stop.value.code.startswith("analyze.py: ") and "\n" not in stop.value.code
+    assert not (tmp_path / "isoflop.json").exists()
 
 
 @pytest.mark.parametrize("argv, message, code", [

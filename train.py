@@ -3,10 +3,11 @@
     python train.py                                    # a laptop or one GPU; --help lists every setting
     python train.py --ffn=swiglu --scale=2 --flops=1e15   # a model of the paper's ladder, a budget of compute
     torchrun --nproc_per_node=8 train.py               # eight GPUs; on CPUs add --device=cpu
+    torchrun --nproc_per_node=8 train.py --zero        # each with its share of the optimizer's state
     python train.py --resume                           # continue after Ctrl-C, a kill or a crash
 
 Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, the tokenizer) and log.jsonl
-(the settings, then one object per logged step and per evaluation).
+(the settings, then one object per logged step, evaluation and resumption).
 
 The batch of step s is a function of (seed, s) alone: it does not depend on the number of processes, on how
 the batch is cut into micro-batches, on evaluations or on interruptions.
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
@@ -67,6 +69,7 @@ class TrainConfig(GPTConfig):
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 on GPUs
     compile: bool = True            # run the model through torch.compile
     fused: bool = True              # AdamW as one kernel
+    zero: bool = False              # shard AdamW's state, by whole tensors, over the processes of torchrun
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,7 +90,7 @@ class TrainConfig(GPTConfig):
 CPU_PRESET = dict(block_size=256, d_model=128, batch_size=8, micro_batch_size=8, steps=1100, warmup_steps=50,
                   learning_rate=6e-3, eval_interval=100, eval_sequences=64, compile=False)
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
-             "log_interval", "device", "dtype", "compile", "fused"}  # what may change in a resumed run
+             "log_interval", "device", "dtype", "compile", "fused", "zero"}  # may change in a resumed run
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -248,11 +251,43 @@ def schedule(step: int, cfg: TrainConfig) -> float:
     return cfg.learning_rate * rise * fall
 
 
-def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+class ShardedAdamW(ZeroRedundancyOptimizer):
+    """AdamW; each process keeps the moments of its share of the tensors (ZeRO stage 1, arXiv 1910.02054).
+
+    Its checkpoints are AdamW's and serve any number of processes, sharded or not. Those of the base class are
+    not used: they travel byte by byte (100 s per GB), and load to the CPU the steps that fused AdamW needs on
+    its GPU.
+    """
+
+    def __init__(self, groups: list[dict], **settings):
+        super().__init__(groups, torch.optim.AdamW, **settings)
+        self.order = [p for group in groups for p in group["params"]]
+
+    def state_dict(self) -> dict:
+        """AdamW's, with all of the state on process 0 (on the CPU) and none on others. All must call it."""
+        state = {}
+        for i, p in enumerate(self.order):
+            mine = self.optim.state.get(p)
+            for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
+                value = mine[name].to(p.device, copy=True) if mine else p.new_zeros(shape)
+                dist.reduce(value, 0)       # one process has it, or none before the first step
+                if self.rank == 0:
+                    state.setdefault(i, {})[name] = value.cpu()
+        return torch.optim.Optimizer.state_dict(self) | dict(state=state)
+
+    def load_state_dict(self, whole: dict) -> None:
+        place = {p: i for i, p in enumerate(self.order)}
+        mine = [place[p] for group in self.optim.param_groups for p in group["params"]]
+        state = {i: whole["state"][j] for i, j in enumerate(mine) if j in whole["state"]}
+        self.optim.load_state_dict(self.optim.state_dict() | dict(state=state))
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=cfg.fused)
+    AdamW = ShardedAdamW if cfg.zero else torch.optim.AdamW
+    return AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=cfg.fused)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -376,11 +411,11 @@ class Run:
         return self.processes.sum(total)[0] / len(starts)
 
     def save(self) -> None:
-        if self.processes.rank:
-            return
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
                      seconds=self.seconds, loss=self.loss, config=dataclasses.asdict(self.cfg),
                      data=self.data.meta, tokenizer=self.data.tokenizer)
+        if self.processes.rank:
+            return
         try:
             save_checkpoint(self.path, state)
         except RuntimeError as error:   # what torch.save makes of a full disk
@@ -458,11 +493,11 @@ def start_log(run: Run, resumed: bool) -> None:
     partial = run.log.with_name("log.jsonl.partial")
     partial.write_text("".join(lines))
     os.replace(partial, run.log)
-    if not resumed:
-        versions = dict(torch=torch.__version__, python=platform.python_version(),
-                        machine=run.setup[0].removeprefix("device").strip())
-        run.write_log(event="config", config=dataclasses.asdict(run.cfg), data=run.data.meta,
-                      versions=versions)
+    entry = (dict(event="resume", step=run.step) if resumed else
+             dict(event="config", config=dataclasses.asdict(run.cfg), data=run.data.meta))
+    run.write_log(**entry, versions=dict(torch=torch.__version__, python=platform.python_version(),
+                                         machine=run.setup[0].removeprefix("device").strip(),
+                                         processes=run.processes.world))
 
 
 @contextlib.contextmanager
@@ -523,6 +558,9 @@ def prepare(given: dict, device: str) -> Run:
             resume = "--resume continues it" if path.exists() else "it has no checkpoint yet"
             raise ValueError(f"{cfg.out_dir} holds a run: {resume}, --overwrite starts anew, "
                              "--out_dir=... puts this one elsewhere")
+    if cfg.zero and not dist.is_initialized():
+        raise ValueError("--zero shares AdamW's state among processes: start them with torchrun "
+                         "--nproc_per_node=N train.py, or give --no-zero")
     if cfg.batch_size % processes.world:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {processes.world} "
                          "processes")
