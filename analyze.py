@@ -726,7 +726,7 @@ def read_log(run: Path) -> dict[str, list[dict]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: python train.py makes it")
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
+        with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):    # a kill can cut a line short
             entry = json.loads(line)
             log[entry["event"]].append(entry)
     if not log["config"] or not log["eval"]:
@@ -809,6 +809,12 @@ def model_config(settings: dict) -> GPTConfig:
     return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings})
 
 
+def layer_sizes(cfg: GPTConfig) -> str:
+    if cfg.ffn in ("sgatlin", "peer"):
+        return f"{cfg.n_channels} x {cfg.n_experts} k {cfg.top_k} d_key {cfg.d_key}"
+    return f"{cfg.n_experts} x {cfg.d_ff} k {cfg.top_k}" if cfg.ffn == "moe" else f"{cfg.d_ff}"
+
+
 def group_runs(runs: list[Path], logs: list[dict]) -> dict[float, list[Group]]:
     """The groups of each budget, the lowest loss first."""
     by_model, budgets = defaultdict(dict), defaultdict(list)
@@ -868,13 +874,13 @@ def isoflop(runs: list[Path]) -> Section:
     for budget, groups in group_runs(runs, logs).items():
         best = {group.variant: group for group in reversed(groups)}     # the lowest loss stays
         rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.runs[0]),
-                 f"{group.cfg.n_layer} x {group.cfg.d_model}", group.total, group.active, last["tokens"],
-                 last["step"], len(group.losses), group.loss,
+                 f"{group.cfg.n_layer} x {group.cfg.d_model}, {layer_sizes(group.cfg)}", group.total,
+                 group.active, last["tokens"], last["step"], len(group.losses), group.loss,
                  statistics.stdev(group.losses) if len(group.losses) > 1 else "-", math.exp(group.loss),
                  last["val_bits_per_byte"], last["seconds"]]
                 for group in groups for last in group.evals[-1:]]
         tables.append((f"{budget:g} FLOPs: validation loss",
-                       ["variant", "best size", "first run", "layers x d_model", "parameters", "active",
+                       ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
                         "tokens", "steps", "seeds", "loss", "sd", "perplexity", "bits per byte", "seconds"],
                        rows))
         leaders = sorted(best.values(), key=lambda group: group.loss)

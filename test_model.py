@@ -1700,7 +1700,7 @@ def test_isoflop(tmp_path):
         ["sgatlin", "*", 2, pytest.approx(3), pytest.approx(0.02**0.5)], ["mlp", "*", 1, 3.5, "-"],
         ["sgatlin", "", 1, 5, "-"]]
     model = on_meta(GPTConfig())
-    assert rows[1][2:8] == [f"{tmp_path}/a", "4 x 256", *model.num_params(), 200, 20]
+    assert rows[1][2:8] == [f"{tmp_path}/a", "4 x 256, 8 x 1024 k 8 d_key 128", *model.num_params(), 200, 20]
     assert rows[1][11:] == pytest.approx([math.exp(3), 1.5, 150])
     assert races == [["sgatlin", "sgatlin swish no norm", 2.5, 100, "-", "-"],
                      ["sgatlin swish no norm", "sgatlin", *map(pytest.approx, (3, 150, 250 / 3, 5 / 9))],
