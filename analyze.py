@@ -926,7 +926,8 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
         "active neurons of a dense student that leaves as much; change: of the validation loss, in nats per "
         "token, with the student in the layer's place, with intervals of 95% over windows. The sparse ones "
         f"choose among {NEURONS:,} neurons. Where they need fewer than a dense one on real inputs, and not "
-        "on Gaussian ones, the layer computes with few neurons at a time because of its inputs.",
+        "on Gaussian ones, the layer is a sparse mixture because of its inputs. But m dense neurons write "
+        "into m dimensions at most: for small m this alone puts sparse students ahead, on any inputs.",
         [("Students", ["inputs", "m", "student", "unexplained", "as dense", "change", "parameters", "active",
                        "FLOPs per token"], rows),
          ("Anchors", ["in place of the layer", "loss", "change"],
