@@ -5,6 +5,7 @@
     python analyze.py map                                     # circuits in the plane: do near ones agree?
     python analyze.py usage                                   # which neurons are used, and which together
     python analyze.py patch --template "from {} import"       # the gates of one prompt in another
+    python analyze.py mimic --out_dir=out-mlp                 # is a dense layer a sparse one in disguise?
     python analyze.py curves out other/log.jsonl              # loss against steps, tokens, FLOPs, seconds
     python analyze.py isoflop runs/*                          # at equal training FLOPs, which model is best?
 
@@ -17,6 +18,7 @@ k top_k, J = C*k, R = C*E rows, Q queries, M points of a map, F facts, V vocabul
 """
 import argparse
 import builtins
+import concurrent.futures
 import contextlib
 import functools
 import html
@@ -25,10 +27,13 @@ import itertools
 import json
 import keyword
 import math
+import multiprocessing
 import os
 import re
+import signal
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict, namedtuple
@@ -39,12 +44,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import kernels
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, MLP, PEER, GPTConfig, Router, SparselyGatedLinear, load_checkpoint
 from sample import load_model
-from train import Data, TrainConfig
+from train import Data, TrainConfig, keep_memory
 
 NEIGHBORS = 10      # shown and scored per circuit, as in the paper
 CONTEXT = 8         # tokens, up to the one in question: circuits in equal contexts are no news to each other
@@ -161,7 +167,7 @@ def replace(path: Path, text: str) -> None:
 # the model, its text and its gates
 
 class Subject:
-    """A run of train.py with an sgatlin, and what is computed about it once. ValueErrors are the user's."""
+    """A run of train.py, and what is computed about it once. ValueErrors are the user's."""
 
     def __init__(self, args: argparse.Namespace):
         path, self.args = args.out_dir / "ckpt.pt", args
@@ -169,7 +175,10 @@ class Subject:
         self.device = auto if args.device == "auto" else args.device
         self.model, self.encoding = load_model(path, self.device)
         self.cfg = cfg = self.model.cfg
-        if cfg.ffn != "sgatlin":
+        if cfg.ffn != "mlp" and args.command == "mimic":
+            raise ValueError(f"{path} has ffn={cfg.ffn}, mimic needs an mlp: python train.py --ffn=mlp "
+                             "--out_dir=... trains one")
+        if cfg.ffn != "sgatlin" and args.command != "mimic":
             raise ValueError(f"{path} has ffn={cfg.ffn}: only the gates of an sgatlin are its circuits")
         saved, fields = load_checkpoint(path), TrainConfig.__dataclass_fields__
         settings = {name: value for name, value in saved["config"].items() if name in fields}
@@ -177,7 +186,8 @@ class Subject:
         if self.data.meta["fingerprint"] != saved["data"]["fingerprint"]:
             raise ValueError(f"{self.data.folder} is not what {path} was trained on: prepare that again")
         self.source = self.data.meta["source"].split()[0]
-        self.layer = max(cfg.n_layer - 2, 0) if args.layer is None else args.layer
+        default = cfg.n_layer // 2 if args.command == "mimic" else max(cfg.n_layer - 2, 0)
+        self.layer = default if args.layer is None else args.layer
         if not 0 <= self.layer < cfg.n_layer or not 0 <= (args.channel or 0) < cfg.n_channels:
             raise ValueError(f"--layer goes from 0 to {cfg.n_layer - 1}, --channel to {cfg.n_channels - 1}")
         self.channels = "all channels" if args.channel is None else f"channel {args.channel}"
@@ -718,6 +728,217 @@ def report_patches(subject: Subject, template: str, facts: list[Fact], p: Tensor
 
 
 # -----------------------------------------------------------------------------------------------------------
+# processes
+
+def start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker without a traceback
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)      # Adam's moments of unused neurons become denormals, slow on CPUs
+    keep_memory()
+
+
+def parallel(function: Callable, jobs: list[tuple], device: str) -> Iterator:
+    """function(*job) of all jobs, in their order: on a CPU in a process per core, else here, one by one.
+
+    The function is a module's own, since it is pickled, as are jobs and results. A process has one thread:
+    the numbers do not depend on how many there are.
+    """
+    if device == "cuda":
+        yield from itertools.starmap(function, jobs)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(cores, len(jobs)), spawn, start_worker) as pool:
+        yield from pool.map(function, *zip(*jobs))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# mimic: is a dense layer a mixture of few neurons in disguise? (arXiv 2512.18452)
+
+class Mixture(nn.Module):
+    """The paper's student: a shared MLP, and PEER's experts chosen by one full list of keys, of low rank."""
+
+    def __init__(self, cfg: GPTConfig):
+        super().__init__()
+        self.shared, self.experts = MLP(cfg), PEER(cfg)
+        self.experts.router = Router(cfg, "dense")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(x) + self.experts(x)
+
+    def flops(self) -> int:
+        return self.shared.flops() + self.experts.flops()
+
+
+class Effort(NamedTuple):
+    active: tuple[int, ...]     # neurons of the students
+    tokens: int                 # of training text to fit them to
+    steps: int                  # of 1024 tokens each
+
+
+FULL, QUICK = Effort((8, 16, 32, 64, 128), 2**17, 600), Effort((8, 32), 2**14, 60)
+NEURONS = 4 * 33**2     # of both sparse students: a square, with more sub-keys in a channel than any top_k
+STUDENTS = {    # name: class, settings with m active neurons
+    "dense": (MLP, lambda m: dict(ffn="mlp", d_ff=m)),
+    "mixture": (Mixture, lambda m: dict(ffn="peer", n_channels=1, n_experts=NEURONS, top_k=m // 2,
+                                        d_ff=m // 2)),
+    "sgatlin": (SparselyGatedLinear, lambda m: dict(n_channels=4, n_experts=NEURONS // 4, top_k=m // 4)),
+}
+
+
+def make_student(name: str, m: int, D: int) -> nn.Module:
+    """A student with m active neurons, (..., D) -> (..., D), every time the same."""
+    kind, settings = STUDENTS[name]
+    torch.manual_seed(0)
+    return kind(GPTConfig(d_model=D, d_head=D, d_key=D // 4, **settings(m)))
+
+
+def gaussian_like(x: Tensor, count: int) -> Tensor:
+    """(count, D) samples of the normal distribution with the mean and the covariance of x (N, D)."""
+    x = x.double()
+    values, vectors = torch.linalg.eigh(x.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # (D, D), symmetric
+    noise = torch.randn(count, x.shape[1], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    return (x.mean(0) + noise @ root).float()
+
+
+def unexplained(y: Tensor, predicted: Tensor) -> float:
+    """The fraction of the variance of y (N, D) that predictions leave: 0 for y itself, 1 for its mean."""
+    return ((y - predicted).square().sum() / (y - y.mean(0)).square().sum()).item()
+
+
+def fit(student: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    """Trains student(x) to be y, (N, D) each: mean squared error, Adam, cosine to 0, batches of 1024."""
+    # 1e-2 was the best of 1e-3, 3e-3, 1e-2 and 3e-2 for every kind of student with 32 active neurons
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (1024,))
+        F.mse_loss(student(x[rows]), y[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+
+
+@torch.no_grad()
+def outputs(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) for x (N, D), 4096 tokens at a time: a full list of keys gives large scores."""
+    return torch.cat([layer(part) for part in x.split(4096)])
+
+
+@torch.no_grad()
+def window_losses(model: GPT, layer: int, windows: tuple[Tensor, Tensor], ffn: Callable) -> np.ndarray:
+    """Loss (W,) of windows, inputs and targets (W, T), with ffn in place of a layer's feedforward part:
+    called with x (1, T, D), it returns the output, or None to leave that as it is."""
+    with model.blocks[layer].ffn.register_forward_hook(lambda module, args, out: ffn(args[0])):
+        return np.array([model(x[None], y[None])[1].item() for x, y in zip(*windows)])
+
+
+def imitate(file: Path, kind: str, m: int, name: str) -> tuple[float, np.ndarray]:
+    """Fits a student to one kind of the inputs that mimic saved in file. Returns what it leaves unexplained
+    of those held out, and the losses (W,) with it in place of the layer."""
+    saved = torch.load(file, mmap=True)
+    device = torch.device(saved["device"])
+    x, y, held_x, held_y, *windows = (t.to(device) for t in (*saved[kind], *saved["windows"]))
+    scale = (y - y.mean(0)).square().mean().sqrt()
+    student = make_student(name, m, x.shape[1]).to(device)
+    fit(student, x, y / scale, saved["steps"])
+    model, _ = load_model(Path(saved["checkpoint"]), saved["device"])
+    losses = window_losses(model, saved["layer"], windows, lambda x: scale * student(x))
+    return unexplained(held_y, scale * outputs(student, held_x)), losses
+
+
+def mimic(subject: Subject) -> Section:
+    """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones."""
+    model, data, layer, device = subject.model, subject.data, subject.layer, torch.device(subject.device)
+    effort, T, n = QUICK if subject.args.quick else FULL, data.cfg.block_size, data.n_windows()
+    count, recorded = max(1, min(effort.tokens // T, n)), []
+    held_out = data.windows("val", data.val_batch(), device)
+    print(f"record layer {layer} on {count} + {len(held_out[0])} windows of {T} tokens", flush=True)
+    for windows in (data.windows("train", np.arange(count) * (n // count) * T, device), held_out):
+        recorded.append([])
+        base = window_losses(model, layer, windows, recorded[-1].append)
+    real = [torch.cat(parts).flatten(0, 1) for parts in recorded]       # fit and held out, (N, D) each
+    sizes = [len(x) for x in real]
+    gaussian = gaussian_like(real[0].cpu(), sum(sizes)).to(device).split(sizes)
+    inputs = {kind: [t.cpu() for x in parts for t in (x, outputs(model.blocks[layer].ffn, x))]
+              for kind, parts in (("real", real), ("Gaussian", gaussian))}
+    mean = inputs["real"][1].mean(0).to(device)
+    anchors = {"the layer": base, "its mean": window_losses(model, layer, held_out, mean.expand_as),
+               "nothing": window_losses(model, layer, held_out, torch.zeros_like)}
+    keys, results = list(itertools.product(inputs, effort.active, STUDENTS)), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "inputs.pt")
+        torch.save(inputs | dict(windows=held_out, checkpoint=str(subject.args.out_dir / "ckpt.pt"),
+                                 device=subject.device, layer=layer, steps=effort.steps), file)
+        jobs = [(file, *key) for key in keys]
+        for result, key in zip(parallel(imitate, jobs, subject.device), keys):
+            results[key] = result
+            print("{}/{} {} inputs, {} active neurons, {}: {:.4f} of the variance unexplained".format(
+                len(results), len(jobs), *key, result[0]), flush=True)
+    return report_students(subject, anchors, results)
+
+
+def dense_neurons(left: float, dense: dict[int, float]) -> float | str:
+    """Neurons with which dense students, {m: unexplained}, leave as much: on lines between logarithms."""
+    m, best = list(dense), np.minimum.accumulate(list(dense.values()))
+    if left > best[0] or left < best[-1]:
+        return f"< {m[0]}" if left > best[0] else f"> {m[-1]}"
+    return float(np.exp(np.interp(-np.log(left), -np.log(best), np.log(m))))
+
+
+def costs(layer: nn.Module) -> list[int]:
+    """Parameters of a student or an MLP, those that a token uses, and its FLOPs."""
+    total = sum(p.numel() for p in layer.parameters())
+    idle = sum(2 * (NEURONS - len(router.keys) * router.top_k) * router.query.weight.shape[1]
+               for router in layer.modules() if isinstance(router, Router))
+    return [total, total - idle, layer.flops()]
+
+
+def report_students(subject: Subject, anchors: dict[str, np.ndarray],
+                    results: dict[tuple[str, int, str], tuple[float, np.ndarray]]) -> Section:
+    """The section of mimic, from what imitate returned for inputs, m and student."""
+    layer, base, rows, data, layout = subject.layer, anchors["the layer"], [], [], {}
+    kinds, active = (list(dict.fromkeys(values)) for values in list(zip(*results))[:2])
+
+    def change(losses: np.ndarray) -> Estimate:
+        return jackknife(lambda keep: (losses - base)[keep].mean(), len(base))
+
+    for (kind, m, name), (left, losses) in results.items():
+        dense = {i: results[kind, i, "dense"][0] for i in active}
+        rows.append([kind, m, name, left, dense_neurons(left, dense), change(losses),
+                     *costs(make_student(name, m, subject.cfg.d_model))])
+    panels = itertools.product((("unexplained", 3), ("change in loss", 5)), kinds)
+    for i, ((measure, column), kind) in enumerate(panels, 1):
+        layout |= {f"xaxis{i}": dict(type="log", tickvals=active, title=dict(text="active neurons")),
+                   f"yaxis{i}": dict(type="log" if column == 3 else "linear",
+                                     title=dict(text=f"{measure}, {kind} inputs"))}
+        for c, name in enumerate(STUDENTS):
+            y = [row[column] for row in rows if (row[0], row[2]) == (kind, name)]
+            data.append(dict(type="scatter", mode="lines+markers", name=name, legendgroup=name, x=active,
+                             y=[v.mean if column == 5 else v for v in y], xaxis=f"x{i}", yaxis=f"y{i}",
+                             showlegend=i == 1, line=dict(color=colour(c))))
+    note = "Quick trainings, only to see that it works. " if subject.args.quick else ""
+    return Section(
+        "Mimic", f"{note}Students with m active neurons learn the outputs of the dense layer {layer} on its "
+        "inputs in training text, and on Gaussian inputs of the same mean and covariance. Unexplained: the "
+        "fraction of the variance of the outputs that a student leaves on inputs held out; as dense: the "
+        "active neurons of a dense student that leaves as much; change: of the validation loss, in nats per "
+        "token, with the student in the layer's place, with intervals of 95% over windows. The sparse ones "
+        f"choose among {NEURONS:,} neurons. Where they need fewer than a dense one on real inputs, and not "
+        "on Gaussian ones, the layer is a sparse mixture because of its inputs. But m dense neurons write "
+        "into m dimensions at most: for small m this alone puts sparse students ahead, on any inputs.",
+        [("Students", ["inputs", "m", "student", "unexplained", "as dense", "change", "parameters", "active",
+                       "FLOPs per token"], rows),
+         ("Anchors", ["in place of the layer", "loss", "change"],
+          [[name, float(losses.mean()), change(losses)] for name, losses in anchors.items()]),
+         ("Costs of the layer", ["parameters", "active", "FLOPs per token"],
+          [costs(subject.model.blocks[layer].ffn)])],
+        [figure(data, "What students leave unexplained, and what that costs", 800,
+                grid=dict(rows=2, columns=2, pattern="independent"), **layout)])
+
+
+# -----------------------------------------------------------------------------------------------------------
 # logs: curves, and models of equal training FLOPs
 
 def read_log(run: Path) -> dict[str, list[dict]]:
@@ -928,11 +1149,13 @@ OPTIONS = {
     "out_dir": dict(type=Path, default=Path("out"), help="folder of run and results (default: out)"),
     "device": dict(choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"),
     "windows": dict(type=int, default=128, help="of validation text to record (default: 128)"),
-    "layer": dict(type=int, help="of neighbours and single pictures (default: the last but one)"),
+    "layer": dict(type=int, help="of neighbours and single pictures (default: the last but one), or to "
+                                 "mimic (default: the middle one)"),
     "channel": dict(type=int, help="(default: all together)"),
     "prompt": dict(help="text whose neighbours to find (default: a passage of the validation text)"),
     "template": dict(help="text with {} for the word that differs between prompts"),
     "min_count": dict(type=int, default=10, help="occurrences that make a fact (default: 10)"),
+    "quick": dict(action="store_true", default=False, help="few, short trainings, to see that it works"),
 }
 RECORDED = "out_dir", "device", "windows", "layer", "channel"
 COMMANDS = {    # name: parts, help, options. A part takes the Subject and returns a Section
@@ -943,6 +1166,7 @@ COMMANDS = {    # name: parts, help, options. A part takes the Subject and retur
     "map": ([structure, circuit_map], "circuits in the plane, and whether near ones mean alike", RECORDED),
     "usage": ([usage], "which neurons are used, and which together", RECORDED),
     "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
+    "mimic": ([mimic], "students of a dense layer, with few active neurons", (*RECORDED[:4], "quick")),
     "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),
     "isoflop": ([lambda args: isoflop(args.runs)], "models trained with equal FLOPs: loss, size and seconds",
                 RECORDED[:1]),

@@ -1658,6 +1658,80 @@ def test_report_holds_everything_and_loads_nothing(planted, capsys):
     assert importlib.util.find_spec("umap") or "pip install umap-learn" in content["Map"]["text"]
 
 
+def test_gaussian_inputs_have_the_mean_and_the_covariance():
+    torch.manual_seed(0)
+    x = torch.randn(1000, 5).exp() @ torch.randn(5, 6) + torch.arange(6)      # skewed, of rank 5
+    samples = analyze.gaussian_like(x, 200_000).double()
+    centred, covariance = samples - samples.mean(0), x.double().T.cov()
+    variance = covariance.diagonal()
+    assert ((samples.mean(0) - x.double().mean(0)).abs() < 5 * (variance / 200_000).sqrt()).all()
+    error = (variance[:, None] * variance + covariance**2) / 200_000        # squared, of a sample covariance
+    assert ((samples.T.cov() - covariance).abs() < 5 * error.sqrt()).all()
+    assert ((centred / variance.sqrt())**3).mean(0).abs().max() < 0.05      # and no skewness
+
+
+def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
+    """The teacher has 64 linear neurons, and uses the one whose centre its input is near."""
+    assert analyze.unexplained(torch.eye(3), torch.eye(3)) == 0
+    assert analyze.unexplained(torch.eye(3), torch.full((3, 3), 1 / 3)) == pytest.approx(1)
+    torch.manual_seed(1)
+    (centres, w_in, w_out), chosen, left = torch.randn(3, 64, 16), torch.randint(64, (4096,)), {}
+    x = centres[chosen] + 0.02 * torch.randn(4096, 16)
+    y = (x * w_in[chosen]).sum(1, keepdim=True) * w_out[chosen]
+    y /= y.std()
+    for name in ("dense", "sgatlin"):
+        student = analyze.make_student(name, 8, 16)
+        analyze.fit(student, x[:3072], y[:3072], 150)
+        left[name] = analyze.unexplained(y[3072:], analyze.outputs(student, x[3072:]))
+    assert left["sgatlin"] < 0.01
+    covariance = y[3072:].T.cov()       # 8 dense neurons write into 8 of the 16 dimensions at most
+    assert left["dense"] > torch.linalg.eigvalsh(covariance)[:8].sum() / covariance.trace() > 0.1
+
+
+def test_costs_and_dense_neurons():
+    D, N, r = 32, analyze.NEURONS, 8
+    assert analyze.costs(analyze.make_student("dense", 8, D)) == [2 * 8 * D, 2 * 8 * D, 4 * 8 * D]
+    keys = D * r + r * N
+    assert analyze.costs(analyze.make_student("mixture", 8, D)) == [
+        keys + 2 * (N + 4) * D, keys + 2 * 8 * D, 2 * keys + 4 * 8 * D]
+    keys = D * r + r * 4 * 2 * 33
+    assert analyze.costs(analyze.make_student("sgatlin", 8, D)) == [
+        keys + 2 * N * D, keys + 2 * 8 * D, 2 * keys + 4 * 8 * D]
+    dense = {8: 0.4, 32: 0.1, 64: 0.01}
+    found = [analyze.dense_neurons(left, dense) for left in (0.5, 0.4, 0.2, 0.1, 0.01, 0.001)]
+    assert found == ["< 8", *(pytest.approx(m) for m in (8, 16, 32, 64)), "> 64"]
+
+
+def dense_run(folder, planted):
+    """The run planted, as one of an mlp, in another folder."""
+    state = load_checkpoint(planted / "ckpt.pt")
+    state["config"] |= dict(ffn="mlp")
+    torch.manual_seed(0)
+    state["model"] = GPT(GPTConfig(**{name: state["config"][name]
+                                      for name in GPTConfig.__dataclass_fields__})).state_dict()
+    save_checkpoint(folder / "ckpt.pt", state)
+
+
+def test_mimic(planted, tmp_path, monkeypatch):
+    dense_run(tmp_path, planted)
+    monkeypatch.setattr(analyze, "QUICK", analyze.Effort((8,), 2**14, 3))
+    tables = []
+    for _ in range(2):
+        analyze.main(["mimic", f"--out_dir={tmp_path}", "--quick"])
+        content = json.loads((tmp_path / "mimic.json").read_text())["Mimic"]
+        tables.append(content["tables"])
+    assert tables[0] == tables[1] and "Quick" in content["text"] and "layer 1" in content["text"]
+    students, anchors, layer = (rows for _, _, rows in tables[0])
+    assert [row[:3] for row in students] == [
+        [kind, 8, name] for kind in ("real", "Gaussian") for name in ("dense", "mixture", "sgatlin")]
+    model = analyze.load_model(tmp_path / "ckpt.pt", "cpu")[0]
+    x, y = subject(tmp_path, "mimic").data.windows("val", 16 * np.arange(8), torch.device("cpu"))
+    assert anchors[0][1:] == [pytest.approx(model(x, y)[1].item()), [0, 0]]
+    model.blocks[1].ffn.down.weight.data.zero_()
+    assert anchors[2][1] == pytest.approx(model(x, y)[1].item())
+    assert layer == [[2 * 32 * 128, 2 * 32 * 128, 4 * 32 * 128]]
+
+
 def test_curves(tmp_path, capsys):
     for name, loss in (("a", 3.0), ("b", 2.0)):
         (tmp_path / name).mkdir()
@@ -1743,17 +1817,15 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     (["patch", "--template=q{}"], "has 0 facts with 10 occurrences", 1),
     (["curves", "none"], "none/log.jsonl is missing", 1), (["usage", "--promt=x"], "unrecognized", 2),
     (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2),
-    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1)])
+    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1),
+    (["mimic"], "has ffn=sgatlin, mimic needs an mlp: python train.py --ffn=mlp", 1)])
 def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
     if argv[0] in ("dense", "moved"):
-        state = load_checkpoint(planted / "ckpt.pt")
-        if argv[0] == "dense":
-            state["config"] |= dict(ffn="mlp")
-            cfg = GPTConfig(**{name: state["config"][name] for name in GPTConfig.__dataclass_fields__})
-            state["model"] = GPT(cfg).state_dict()
-        else:
+        dense_run(tmp_path, planted)
+        if argv[0] == "moved":
+            state = load_checkpoint(planted / "ckpt.pt")
             state["data"] |= dict(fingerprint="other")
-        save_checkpoint(tmp_path / "ckpt.pt", state)
+            save_checkpoint(tmp_path / "ckpt.pt", state)
         argv = ["usage", f"--out_dir={tmp_path}"]
     elif "nowhere" not in argv[-1] and argv[0] != "curves":
         argv = argv + [f"--out_dir={planted}"]
