@@ -778,17 +778,17 @@ class Effort(NamedTuple):
 
 FULL, QUICK = Effort((8, 16, 32, 64, 128), 2**17, 600), Effort((8, 32), 2**14, 60)
 NEURONS = 4 * 33**2     # of both sparse students: a square, with more sub-keys in a channel than any top_k
-STUDENTS = {    # name: class, settings with m active neurons
-    "dense": (MLP, lambda m: dict(ffn="mlp", d_ff=m)),
-    "mixture": (Mixture, lambda m: dict(ffn="peer", n_channels=1, n_experts=NEURONS, top_k=m // 2,
-                                        d_ff=m // 2)),
-    "sgatlin": (SparselyGatedLinear, lambda m: dict(n_channels=4, n_experts=NEURONS // 4, top_k=m // 4)),
+STUDENTS = {    # name: class, how much longer it trains (the dense one learns slowly), settings of m active
+    "dense": (MLP, 8, lambda m: dict(ffn="mlp", d_ff=m)),
+    "mixture": (Mixture, 1, lambda m: dict(ffn="peer", n_channels=1, n_experts=NEURONS, top_k=m // 2,
+                                           d_ff=m // 2)),
+    "sgatlin": (SparselyGatedLinear, 1, lambda m: dict(n_channels=4, n_experts=NEURONS // 4, top_k=m // 4)),
 }
 
 
 def make_student(name: str, m: int, D: int) -> nn.Module:
     """A student with m active neurons, (..., D) -> (..., D), every time the same."""
-    kind, settings = STUDENTS[name]
+    kind, _, settings = STUDENTS[name]
     torch.manual_seed(0)
     return kind(GPTConfig(d_model=D, d_head=D, d_key=D // 4, **settings(m)))
 
@@ -842,7 +842,7 @@ def imitate(file: Path, kind: str, m: int, name: str) -> tuple[float, np.ndarray
     x, y, held_x, held_y, *windows = (t.to(device) for t in (*saved[kind], *saved["windows"]))
     scale = (y - y.mean(0)).square().mean().sqrt()
     student = make_student(name, m, x.shape[1]).to(device)
-    fit(student, x, y / scale, saved["steps"])
+    fit(student, x, y / scale, saved["steps"] * STUDENTS[name][1])
     model, _ = load_model(Path(saved["checkpoint"]), saved["device"])
     losses = window_losses(model, saved["layer"], windows, lambda x: scale * student(x))
     return unexplained(held_y, scale * outputs(student, held_x)), losses
