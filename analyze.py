@@ -861,7 +861,7 @@ def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
                     accuracy: dict[tuple, np.ndarray]) -> Section:
     """The section of redistribute; accuracy (seeds, 3, 9) as learn_addition returns it."""
     rows, details, tests, shown = {norm: [] for norm in NORMS}, [], [], {norm: {} for norm in NORMS}
-    unknown = Estimate(None, None)
+    unknown, n = Estimate(None, None), len(next(iter(accuracy.values())))
 
     def spread(values: np.ndarray) -> Estimate:
         return Estimate(float(values.mean()), float(values.std(ddof=1)))
@@ -879,7 +879,6 @@ def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
             change = values[:, 1, 0] - accuracy[norm, base][:, 1, 0]
             tests.append([NORMS[norm], base, shown[norm][base], shown[norm][name], spread(change),
                           sign_flip_test(change)])
-    n = len(values)
     quick = f"Quick: {QUICK_STEPS} steps at most, which say only that it works. " if args.quick else ""
     header = ["feedforward layer", "parameters", "active", "solved", "steps", "accuracy", "without FFN",
               "paper", "without attention"]
