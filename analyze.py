@@ -6,6 +6,7 @@
     python analyze.py usage                                   # which neurons are used, and which together
     python analyze.py patch --template "from {} import"       # the gates of one prompt in another
     python analyze.py mimic --out_dir=out-mlp                 # is a dense layer a sparse one in disguise?
+    python analyze.py redistribute                            # do sparse layers leave more to attention?
     python analyze.py curves out other/log.jsonl              # loss against steps, tokens, FLOPs, seconds
     python analyze.py isoflop runs/*                          # at equal training FLOPs, which model is best?
 
@@ -62,7 +63,7 @@ TEMPLATES = {"python": "from {} import", "tinystories": "The {} was"}   # of fac
 # results: tables for the terminal, pictures for the report, every number in the JSON file
 
 class Estimate(NamedTuple):
-    """A mean and half its 95% confidence interval; None where there is too little to average."""
+    """A mean and half its 95% confidence interval, or, where said, the standard deviation; None: unknown."""
     mean: float | None
     half: float | None
 
@@ -171,8 +172,7 @@ class Subject:
 
     def __init__(self, args: argparse.Namespace):
         path, self.args = args.out_dir / "ckpt.pt", args
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = auto if args.device == "auto" else args.device
+        self.device = args.device
         self.model, self.encoding = load_model(path, self.device)
         self.cfg = cfg = self.model.cfg
         if cfg.ffn != "mlp" and args.command == "mimic":
@@ -738,10 +738,9 @@ def start_worker() -> None:
 
 
 def parallel(function: Callable, jobs: list[tuple], device: str) -> Iterator:
-    """function(*job) of all jobs, in their order: on a CPU in a process per core, else here, one by one.
+    """function(*job) for all jobs, in their order: on a CPU a process per core, else here, one by one.
 
-    The function is a module's own, since it is pickled, as are jobs and results. A process has one thread:
-    the numbers do not depend on how many there are.
+    function belongs to a module; jobs and results are pickled. One thread each: the same numbers anywhere.
     """
     if device == "cuda":
         yield from itertools.starmap(function, jobs)
@@ -939,6 +938,167 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
 
 
 # -----------------------------------------------------------------------------------------------------------
+# redistribute: what attention takes over from a sparse feedforward layer (arXiv 2605.09403)
+
+EOS, VOCABULARY = 11, 12        # ten digits, the paper's PAD, which nothing here needs, and EOS
+SEEDS = 42, 137, 256, 512, 1024     # the paper's
+STEPS, QUICK_STEPS, CHECK = 10_000, 100, 100    # at most, and between checks whether all answers are right
+NORMS = {False: "no norm", True: "norm"}
+
+
+class Variant(NamedTuple):
+    """A feedforward layer; the paper's accuracy without it, and its standard deviation (Figure 1)."""
+    settings: dict
+    paper: Estimate = Estimate(None, None)
+    frozen: bool = False        # the router keeps its random weights
+
+
+MOE = dict(ffn="moe", n_experts=4, d_ff=64)
+SGATLIN = dict(ffn="sgatlin", n_channels=16, n_experts=64, top_k=4, d_key=16)   # 64 of 1024 neurons active
+VARIANTS = {
+    "dense 256": Variant(dict(ffn="mlp", d_ff=256), Estimate(0.119, 0.036)),
+    "GLU 128": Variant(dict(ffn="swiglu", d_ff=128), Estimate(0.097, 0.024)),
+    "dense 64": Variant(dict(ffn="mlp", d_ff=64), Estimate(0.237, 0.053)),
+    "MoE top-2": Variant(MOE | dict(top_k=2), Estimate(0.187, 0.069)),
+    "MoE top-1": Variant(MOE | dict(top_k=1), Estimate(0.443, 0.125)),
+    "MoE top-1, frozen router": Variant(MOE | dict(top_k=1), Estimate(0.491, 0.095), frozen=True),
+    "sgatlin": Variant(SGATLIN),
+    "sgatlin, frozen router": Variant(SGATLIN, frozen=True),
+}
+
+
+def addition() -> tuple[Tensor, Tensor, Tensor]:
+    """x + 7 for x = 0..999 as d0 d1 d2 EOS o0 o1 o2 o3 EOS, the lowest digits first.
+
+    Returns inputs (1000, 8), the next tokens (1000, 8), -100 before o0, and how many digits carry (1000,).
+    """
+    x, powers = torch.arange(1000)[:, None], 10 ** torch.arange(4)
+    eos = torch.full_like(x, EOS)
+    text = torch.cat((x // powers[:3] % 10, eos, (x + 7) // powers % 10, eos), dim=1)       # (1000, 9)
+    targets = text[:, 1:].clone()
+    targets[:, :3] = -100
+    return text[:, :-1], targets, (x % powers[1:] + 7 >= powers[1:]).sum(1)
+
+
+@torch.inference_mode()
+def right_digits(model: GPT, inputs: Tensor, targets: Tensor, zeroed: list[nn.Module]) -> Tensor:
+    """(1000, 4) bool: is each of o0..o3 right, given the true ones before it, with outputs of layers zeroed?
+    """
+    handles = [layer.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+               for layer in zeroed]
+    try:
+        return (model(inputs)[0].argmax(-1) == targets)[:, 3:7]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def addition_model(name: str, norm: bool, seed: int) -> GPT:
+    """One layer of four heads with the feedforward layer of a variant."""
+    settings, _, frozen = VARIANTS[name]
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=VOCABULARY, block_size=8, n_layer=1, d_model=64, d_head=16, norm=norm,
+                          **settings))
+    ffn = model.blocks[0].ffn
+    if frozen:
+        (ffn.gate if settings["ffn"] == "moe" else ffn.router).requires_grad_(False)
+    return model
+
+
+def learn_addition(name: str, norm: bool, seed: int, steps: int,
+                   device: str) -> tuple[int, list[list[float]]]:
+    """Trains until all 1000 answers are right. Returns the steps taken, and the accuracy of output digits:
+    of the whole model, without its FFN, without its attention; each in all, where 0..3 digits carry, and of
+    o0..o3."""
+    model = addition_model(name, norm, seed).to(device)
+    inputs, targets, carries = (t.to(device) for t in addition())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.01, fused=True)
+    for step in range(1, steps + 1):
+        batch = torch.randint(len(inputs), (128,)).to(device)
+        model(inputs[batch], targets[batch])[1].backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % CHECK == 0 and right_digits(model, inputs, targets, []).all():
+            break
+    block, accuracy = model.blocks[0], []
+    for zeroed in ([], [block.ffn], [block.attn]):
+        right = right_digits(model, inputs, targets, zeroed).double()
+        accuracy.append([right.mean().item(), *(right[carries == n].mean().item() for n in range(4)),
+                         *right.mean(0).tolist()])
+    return step, accuracy
+
+
+def sign_flip_test(differences: np.ndarray) -> float:
+    """Two-sided p of paired differences (n,): the share of the 2^n choices of their signs that bring their
+    sum as far from zero. Exact where a difference is as likely as its opposite; at least 2 / 2^n."""
+    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    sums = np.abs(signs @ differences)
+    return float((sums >= sums[0] - 1e-9).mean())
+
+
+def redistribute(args: argparse.Namespace) -> Section:
+    """Trains models of x + 7 with each feedforward layer, and measures them with a layer's output zeroed."""
+    seeds, steps = (SEEDS[:2], QUICK_STEPS) if args.quick else (SEEDS, STEPS)
+    jobs = [(name, norm, seed, steps, args.device) for norm in NORMS for name in VARIANTS for seed in seeds]
+    taken, accuracy = {}, {}
+    for n, (job, (step, result)) in enumerate(zip(jobs, parallel(learn_addition, jobs, args.device)), 1):
+        (name, norm, seed), (whole, no_ffn, no_attention) = job[:3], (values[0] for values in result)
+        taken.setdefault((norm, name), []).append(step)
+        accuracy.setdefault((norm, name), []).append(result)
+        print(f"{n}/{len(jobs)} {name}, {NORMS[norm]}, seed {seed}: {step} steps, accuracy {whole:.3f}, "
+              f"without FFN {no_ffn:.3f}, without attention {no_attention:.3f}", flush=True)
+    return report_addition(args, taken, {key: np.array(values) for key, values in accuracy.items()})
+
+
+def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
+                    accuracy: dict[tuple, np.ndarray]) -> Section:
+    """The section of redistribute; accuracy (seeds, 3, 9) as learn_addition returns it."""
+    rows, details, tests, shown = {norm: [] for norm in NORMS}, [], [], {norm: {} for norm in NORMS}
+    unknown, n = Estimate(None, None), len(next(iter(accuracy.values())))
+
+    def spread(values: np.ndarray) -> Estimate:
+        return Estimate(float(values.mean()), float(values.std(ddof=1)))
+
+    for (norm, name), values in accuracy.items():
+        whole, shown[norm][name], no_attention = map(spread, values[:, :, 0].T)
+        solved = f"{(values[:, 0, 0] == 1).sum()} of {len(values)}"
+        paper = unknown if norm else VARIANTS[name].paper
+        rows[norm].append([name, *addition_model(name, norm, 0).num_params(), solved,
+                           round(np.mean(taken[norm, name])), whole, shown[norm][name], paper, no_attention])
+        details += [[NORMS[norm], name, zeroed, *map(spread, values[:, i, 1:].T)]
+                    for i, zeroed in enumerate(("nothing", "FFN", "attention"))]
+        if VARIANTS[name].frozen:
+            base = name.removesuffix(", frozen router")
+            change = values[:, 1, 0] - accuracy[norm, base][:, 1, 0]
+            tests.append([NORMS[norm], base, shown[norm][base], shown[norm][name], spread(change),
+                          sign_flip_test(change)])
+    quick = f"Quick: {QUICK_STEPS} steps at most, which say only that it works. " if args.quick else ""
+    header = ["feedforward layer", "parameters", "active", "solved", "steps", "accuracy", "without FFN",
+              "paper", "without attention"]
+    paper = {name: variant.paper for name, variant in VARIANTS.items() if variant.paper != unknown}
+    return Section(
+        "Redistribute", f"{quick}One-layer models (d_model 64, four heads) learn x + 7 for x of three "
+        "digits, until all 1000 answers are right. Accuracy is that of the four output digits, each given "
+        "the true ones before it; then the output of the FFN, or of attention, is set to zero. Where much "
+        "is right without the FFN, attention does much of the work. Chance is 0.1; to say 0 always gets "
+        f"0.323, because o3 is 0 unless x > 992. Means ± standard deviations over {n} seeds. Paper: without "
+        "FFN and norm, arXiv 2605.09403, Figure 1 (its GLU is 170 wide). Departures from it: rotary "
+        "positions; experts are SwiGLUs; the weights of the chosen experts are not renormalised, so that "
+        "the loss of the task trains the router, and no other loss balances it. A frozen router keeps its "
+        "random weights.",
+        [*((f"Accuracy of output digits, {NORMS[norm]}", header, rows[norm]) for norm in NORMS),
+         (f"Learned and frozen routers, accuracy without FFN: exact sign-flip test of {n} pairs, p is "
+          f"{2 / 2**n:g} at least", ["model", "layer", "learned", "frozen", "difference", "p"], tests),
+         ("Accuracy where 0 to 3 digits carry, and of each output digit, the lowest first",
+          ["model", "layer", "zeroed", *(f"{i} carry" for i in range(4)), *(f"o{i}" for i in range(4))],
+          details)],
+        [figure([*(bars(NORMS[norm], shown[norm]) for norm in NORMS), bars("paper, no norm", paper)],
+                "Accuracy of output digits without the FFN", 420, barmode="group")])
+
+
+# -----------------------------------------------------------------------------------------------------------
 # logs: curves, and models of equal training FLOPs
 
 def read_log(run: Path) -> dict[str, list[dict]]:
@@ -953,6 +1113,7 @@ def read_log(run: Path) -> dict[str, list[dict]]:
     if not log["config"] or not log["eval"]:
         raise ValueError(f"{path} holds no evaluation of train.py")
     return log
+
 
 
 def curves(runs: list[Path]) -> Section:
@@ -1167,6 +1328,8 @@ COMMANDS = {    # name: parts, help, options. A part takes the Subject and retur
     "usage": ([usage], "which neurons are used, and which together", RECORDED),
     "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
     "mimic": ([mimic], "students of a dense layer, with few active neurons", (*RECORDED[:4], "quick")),
+    "redistribute": ([redistribute], "do sparse layers leave more to attention? trains tiny models of x + 7",
+                     (*RECORDED[:2], "quick")),
     "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),
     "isoflop": ([lambda args: isoflop(args.runs)], "models trained with equal FLOPs: loss, size and seconds",
                 RECORDED[:1]),
@@ -1193,6 +1356,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = argparse.Namespace(**{name: kind.get("default") for name, kind in OPTIONS.items()} | vars(args))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no CUDA device")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, least in (("windows", 2), ("min_count", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name}={getattr(args, name)} must be {least} or more")
@@ -1206,7 +1371,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.command == "map" and not drawn:
             raise ValueError("a map needs plotly, and is better with UMAP: pip install plotly umap-learn")
-        subject = args if "runs" in args else Subject(args)
+        subject = args if args.command in ("redistribute", "curves", "isoflop") else Subject(args)
         for part in COMMANDS[args.command][0]:
             try:
                 sections.append(part(subject))

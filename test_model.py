@@ -1732,6 +1732,80 @@ def test_mimic(planted, tmp_path, monkeypatch):
     assert layer == [[2 * 32 * 128, 2 * 32 * 128, 4 * 32 * 128]]
 
 
+def test_addition_is_that_of_integers():
+    """Every text decodes to x and x + 7, the loss counts the outputs alone, and carries are those by hand."""
+    counted = []
+    for x, row in enumerate(zip(*(t.tolist() for t in analyze.addition()), strict=True)):
+        inputs, targets, carries = row
+        number = "".join(map(str, inputs[2::-1]))
+        assert (int(number), inputs[3], inputs[4:]) == (x, analyze.EOS, targets[3:7])
+        assert targets[:3] == [-100] * 3 and targets[7] == analyze.EOS
+        assert int("".join(map(str, targets[6:2:-1]))) == x + 7
+        carry, by_hand = 7, 0
+        for digit in reversed(number):
+            carry = (int(digit) + carry) // 10
+            by_hand += carry
+        assert carries == by_hand
+        counted.append(carries)
+    assert collections.Counter(counted) == {0: 300, 1: 630, 2: 63, 3: 7}
+
+
+@pytest.mark.parametrize("name", ["dense 256", "MoE top-1", "sgatlin"])
+def test_zeroed_layers_add_nothing(name):
+    """A layer with its output zeroed by a hook is one whose last weights are zero."""
+    inputs, targets, _ = analyze.addition()
+    targets = targets.clamp(min=0)
+    for layer, last in (("ffn", ("down.weight", "w2", "b2", "w_out")), ("attn", ("out.weight",))):
+        model = analyze.addition_model(name, True, 0)
+        part = getattr(model.blocks[0], layer)
+        whole = analyze.right_digits(model, inputs, targets, [])
+        zeroed = analyze.right_digits(model, inputs, targets, [part])
+        assert torch.equal(whole, analyze.right_digits(model, inputs, targets, []))     # the hook is gone
+        with torch.no_grad():
+            written = [p.zero_() for key, p in part.named_parameters() if key in last]
+        assert written and torch.equal(zeroed, analyze.right_digits(model, inputs, targets, []))
+        assert not torch.equal(zeroed, whole)
+
+
+@pytest.mark.parametrize("name", ["MoE top-1", "sgatlin"])
+def test_frozen_routers_keep_their_weights(name, monkeypatch):
+    models, make = [], analyze.addition_model
+    monkeypatch.setattr(analyze, "addition_model", lambda *args: models.append(make(*args)) or models[-1])
+    for frozen in (False, True):
+        variant = name + ", frozen router" * frozen
+        analyze.learn_addition(variant, False, 3, 2, "cpu")
+        before = dict(make(variant, False, 3).named_parameters())
+        same = {key for key, p in models.pop().named_parameters() if torch.equal(p, before[key])}
+        assert same == {key for key in before if frozen and (".router." in key or ".gate." in key)}
+        assert bool(same) == frozen
+
+
+def test_sign_flips():
+    assert analyze.sign_flip_test(np.array([1, 2, 3, 4, 5.0])) == 2 / 32        # all of one sign
+    assert analyze.sign_flip_test(np.array([0.1, 0.2, -0.3])) == 1              # their sum is zero
+    assert analyze.sign_flip_test(np.array([1, 1, 1, -1.0])) == 10 / 16         # |sum| 2 or 4: 8 and 2 of 16
+
+
+def test_redistribute_quick(tmp_path, monkeypatch, capsys):
+    """The numbers are those of the same trainings in this process."""
+    monkeypatch.setattr(analyze, "QUICK_STEPS", 2)
+    monkeypatch.setattr(analyze, "VARIANTS", {name: variant for name, variant in analyze.VARIANTS.items()
+                                              if name.startswith("sgatlin")})
+    analyze.main(["redistribute", "--quick", f"--out_dir={tmp_path}", "--device=cpu"])
+    assert capsys.readouterr().out.count(": 2 steps, accuracy ") == 8
+    section = json.loads((tmp_path / "redistribute.json").read_text())["Redistribute"]
+    assert section["text"].startswith("Quick: 2 steps at most")
+    plain, normed, tests, details = (rows for _, _, rows in section["tables"])
+    assert [row[0] for row in plain] == [row[0] for row in normed] == list(analyze.VARIANTS)
+    alone = [analyze.learn_addition("sgatlin", True, seed, 2, "cpu")[1] for seed in analyze.SEEDS[:2]]
+    means = torch.tensor(alone).mean(0).tolist()
+    assert [normed[0][i][0] for i in (5, 6, 8)] == pytest.approx([part[0] for part in means], abs=1e-6)
+    found = [[value[0] for value in row[3:]] for row in details if row[:2] == ["norm", "sgatlin"]]
+    assert found == [pytest.approx(part[1:], abs=1e-6) for part in means]
+    assert [row[:2] for row in tests] == [["no norm", "sgatlin"], ["norm", "sgatlin"]]
+    assert all(row[4][0] == pytest.approx(row[3][0] - row[2][0]) for row in tests)
+
+
 def test_curves(tmp_path, capsys):
     for name, loss in (("a", 3.0), ("b", 2.0)):
         (tmp_path / name).mkdir()
