@@ -5,7 +5,7 @@
     python analyze.py map                                     # circuits in the plane: do near ones agree?
     python analyze.py usage                                   # which neurons are used, and which together
     python analyze.py patch --template "from {} import"       # the gates of one prompt in another
-    python analyze.py mimic --out_dir=out-mlp                 # is a dense layer a sparse one in disguise?
+    python analyze.py mimic --teacher=out-mlp                 # is a dense layer a sparse one in disguise?
     python analyze.py redistribute                            # do sparse layers leave more to attention?
     python analyze.py curves out other/log.jsonl              # loss against steps, tokens, FLOPs, seconds
     python analyze.py isoflop runs/*                          # at equal training FLOPs, which model is best?
@@ -79,8 +79,8 @@ def jackknife(mean: Callable[[np.ndarray], float], units: int) -> Estimate:
 
 
 def cell(value) -> str:
-    if isinstance(value, Estimate):
-        return "-" if value.mean is None else f"{value.mean:.3f} ± {value.half:.3f}"
+    if isinstance(value, tuple | list):     # an Estimate, which JSON makes a list
+        return "-" if value[0] is None else "{:.3f} ± {:.3f}".format(*value)
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
@@ -171,20 +171,19 @@ class Subject:
     """A run of train.py, and what is computed about it once. ValueErrors are the user's."""
 
     def __init__(self, args: argparse.Namespace):
-        path, self.args = args.out_dir / "ckpt.pt", args
-        self.device = args.device
-        self.model, self.encoding = load_model(path, self.device)
+        self.args, self.device, self.path = args, args.device, (args.teacher or args.out_dir) / "ckpt.pt"
+        self.model, self.encoding = load_model(self.path, self.device)
         self.cfg = cfg = self.model.cfg
         if cfg.ffn != "mlp" and args.command == "mimic":
-            raise ValueError(f"{path} has ffn={cfg.ffn}, mimic needs an mlp: python train.py --ffn=mlp "
-                             "--out_dir=... trains one")
+            raise ValueError(f"{self.path} has ffn={cfg.ffn}, mimic needs an mlp: python train.py --ffn=mlp "
+                             "--out_dir=out-mlp trains one, then give --teacher=out-mlp")
         if cfg.ffn != "sgatlin" and args.command != "mimic":
-            raise ValueError(f"{path} has ffn={cfg.ffn}: only the gates of an sgatlin are its circuits")
-        saved, fields = load_checkpoint(path), TrainConfig.__dataclass_fields__
+            raise ValueError(f"{self.path} has ffn={cfg.ffn}: only the gates of an sgatlin are its circuits")
+        saved, fields = load_checkpoint(self.path), TrainConfig.__dataclass_fields__
         settings = {name: value for name, value in saved["config"].items() if name in fields}
         self.data = Data(TrainConfig(**settings | dict(eval_sequences=args.windows)))
         if self.data.meta["fingerprint"] != saved["data"]["fingerprint"]:
-            raise ValueError(f"{self.data.folder} is not what {path} was trained on: prepare that again")
+            raise ValueError(f"{self.data.folder} is not what {self.path} was trained on: prepare that again")
         self.source = self.data.meta["source"].split()[0]
         default = cfg.n_layer // 2 if args.command == "mimic" else max(cfg.n_layer - 2, 0)
         self.layer = default if args.layer is None else args.layer
@@ -868,7 +867,7 @@ def mimic(subject: Subject) -> Section:
     keys, results = list(itertools.product(inputs, effort.active, STUDENTS)), {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "inputs.pt")
-        torch.save(inputs | dict(windows=held_out, checkpoint=str(subject.args.out_dir / "ckpt.pt"),
+        torch.save(inputs | dict(windows=held_out, checkpoint=str(subject.path),
                                  device=subject.device, layer=layer, steps=effort.steps), file)
         jobs = [(file, *key) for key in keys]
         for result, key in zip(parallel(imitate, jobs, subject.device), keys):
@@ -1316,8 +1315,10 @@ OPTIONS = {
     "prompt": dict(help="text whose neighbours to find (default: a passage of the validation text)"),
     "template": dict(help="text with {} for the word that differs between prompts"),
     "min_count": dict(type=int, default=10, help="occurrences that make a fact (default: 10)"),
+    "teacher": dict(type=Path, help="folder of a run of --ffn=mlp (default: out_dir)"),
     "quick": dict(action="store_true", default=False, help="few, short trainings, to see that it works"),
 }
+EXPERIMENTS = "mimic", "redistribute", "isoflop"    # the report repeats what they wrote to its folder
 RECORDED = "out_dir", "device", "windows", "layer", "channel"
 COMMANDS = {    # name: parts, help, options. A part takes the Subject and returns a Section
     "report": ([lambda subject: curves([subject.args.out_dir]), neighbors, structure, circuit_map, usage,
@@ -1327,7 +1328,7 @@ COMMANDS = {    # name: parts, help, options. A part takes the Subject and retur
     "map": ([structure, circuit_map], "circuits in the plane, and whether near ones mean alike", RECORDED),
     "usage": ([usage], "which neurons are used, and which together", RECORDED),
     "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
-    "mimic": ([mimic], "students of a dense layer, with few active neurons", (*RECORDED[:4], "quick")),
+    "mimic": ([mimic], "students of a dense layer, with few active neurons", (*RECORDED[:4], "teacher", "quick")),
     "redistribute": ([redistribute], "do sparse layers leave more to attention? trains tiny models of x + 7",
                      (*RECORDED[:2], "quick")),
     "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),
@@ -1379,6 +1380,10 @@ def main(argv: list[str] | None = None) -> None:
                 if args.command != "report":        # which goes on without a log, or facts
                     raise
                 sections.append(Section(f"Part {len(sections) + 1}: left out", f"{error}."))
+        if args.command == "report":
+            sections += [Section(**saved) for name in EXPERIMENTS
+                         if (file := path.with_name(f"{name}.json")).exists()
+                         for saved in json.loads(file.read_text(encoding="utf-8")).values()]
         for section in sections:
             section.print(14 if args.command == "report" else 10_000)
         args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -1641,11 +1641,14 @@ def test_kinds_of_python_tokens():
 
 
 def test_report_holds_everything_and_loads_nothing(planted, capsys):
+    earlier = analyze.Section("Mimic", "", [("Students", ["m", "change"], [[8, analyze.Estimate(0.5, 0.25)]])])
+    (planted / "mimic.json").write_text(json.dumps({"Mimic": vars(earlier)}))
     analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
     assert list(content) == ["Part 1: left out", "Neighbours", "Do near circuits mean alike?", "Map",
-                             "Usage and co-activation", "Patching"]
+                             "Usage and co-activation", "Patching", "Mimic"]
+    assert "8  0.500 ± 0.250" in out
     assert "log.jsonl is missing" in content["Part 1: left out"]["text"] and "== Patching ==" in out
     section = analyze.Section("a & b", "c < d", [("t", ["x"], [["<i>»y«"]])], [{"data": []}])
     text = analyze.page("<title>", [section], "")
