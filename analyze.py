@@ -32,7 +32,6 @@ import multiprocessing
 import os
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -113,8 +112,24 @@ def bars(name: str, values: dict[str, Estimate]) -> dict:
                 error_y=dict(type="data", array=[v.half for v in values.values()]))
 
 
-def colour(i: int) -> str:
-    return f"hsl({i * 137.5 % 360:.0f}, 65%, {40 + i % 3 * 10}%)"       # steps of the golden angle
+def axis(title: str, **settings) -> dict:
+    return dict(title=dict(text=title), **settings)
+
+
+def panels(points: dict[str, list[dict]], axes: list[tuple[dict, dict]], title: str, height: int) -> dict:
+    """Scatter plots in two columns, each of this height and with its own x and y axis of axes.
+
+    A name has one colour, one place in the legend, and its points {"x": ..., "y": ...} in each of the plots.
+    """
+    data, rows = [], math.ceil(len(axes) / 2)
+    layout = {f"{letter}axis{i}": axis for i, pair in enumerate(axes, 1) for letter, axis in zip("xy", pair)}
+    for c, (name, parts) in enumerate(points.items()):
+        colour = f"hsl({c * 137.5 % 360:.0f}, 65%, {40 + c % 3 * 10}%)"     # steps of the golden angle
+        data += [dict(type="scatter", mode="lines+markers", name=name, legendgroup=name, showlegend=i == 1,
+                      xaxis=f"x{i}", yaxis=f"y{i}", marker=dict(color=colour, size=5)) | part
+                 for i, part in enumerate(parts, 1)]
+    grid = dict(rows=rows, columns=min(len(axes), 2), pattern="independent")
+    return figure(data, title, height * rows, grid=grid, **layout)
 
 
 PAGE = """<!DOCTYPE html>
@@ -241,13 +256,11 @@ class Subject:
 @contextlib.contextmanager
 def router_hook(model: GPT, hook: Callable):
     """hook(layer, gates (N, C, k), ids (N, C, k)) sees every routing; one that it returns replaces it."""
-    handles = [block.ffn.router.register_forward_hook(lambda module, args, out, i=i: hook(i, *out))
-               for i, block in enumerate(model.blocks)]
-    try:
+    with contextlib.ExitStack() as stack:
+        for i, block in enumerate(model.blocks):
+            stack.enter_context(block.ffn.router.register_forward_hook(
+                lambda module, args, out, i=i: hook(i, *out)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -458,7 +471,7 @@ def structure(subject: Subject) -> Section:
         [("Share of neighbours", ["layer", "gates", *measures], rows),
          (f"{measures[1]}, layer {subject.layer}", [way, "tokens", *compared], by_class)],
         [figure([bars(name, {row[0]: row[2 + m] for row in rows if row[1] == name}) for name in gates],
-                measure, 320, barmode="group", xaxis=dict(title=dict(text="layer"), dtick=1))
+                measure, 320, barmode="group", xaxis=axis("layer", dtick=1))
          for m, measure in enumerate(measures)])
 
 
@@ -483,27 +496,23 @@ def circuit_map(subject: Subject) -> Section:
     method = "UMAP" if importlib.util.find_spec("umap") else "PCA"
     often = np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]
     points = [i for t in often for i in rng.permutation(np.flatnonzero(tokens == t))[:10].tolist()]    # (M,)
-    panels = [(f"layer {layer}", subject.trained, layer) for layer in range(cfg.n_layer)]
-    panels.append((f"layer {subject.layer}, untrained", subject.untrained, subject.layer))
-    rows, hidden = (len(panels) + 1) // 2, dict(showticklabels=False, zeroline=False)
-    layout = dict(grid=dict(rows=rows, columns=2, pattern="independent"), hovermode="closest")
-    for number, (title, recording, layer) in enumerate(panels, 1):
+    views = {f"layer {layer}": (subject.trained, layer) for layer in range(cfg.n_layer)}
+    views[f"layer {subject.layer}, untrained"] = subject.untrained, subject.layer
+    for title, (recording, layer) in views.items():
         print(f"map {len(points)} circuits by {method}: {title}", flush=True)
         circuits = tuple(t[points] for t in subject.circuits(recording, layer))
         hover = [html.escape(f"{subject.excerpt(tokens, i)}\nnext: {subject.predictions(recording, i)}")
                  .replace("\n", "<br>") for i in points]
         placed.append((plane(gram(circuits, cfg.n_channels * cfg.n_experts), method).round(2), hover))
-        layout |= {f"xaxis{number}": dict(title=dict(text=title), **hidden), f"yaxis{number}": hidden}
+    hidden = dict(showticklabels=False, zeroline=False)
     for way, names in subject.classes.items():
-        data = []
-        for c, name in enumerate(sorted({names[i] for i in points})):
-            chosen = [m for m, i in enumerate(points) if names[i] == name]
-            data += [dict(type="scatter", mode="markers", name=name, legendgroup=name, hoverinfo="text",
-                          x=xy[chosen, 0].tolist(), y=xy[chosen, 1].tolist(), showlegend=number == 1,
-                          hovertext=[hover[m] for m in chosen], xaxis=f"x{number}", yaxis=f"y{number}",
-                          marker=dict(size=5, color=colour(c)))
-                     for number, (xy, hover) in enumerate(placed, 1)]
-        figures.append(figure(data, f"Circuits by {way}", 400 * rows, **layout))
+        members = {name: [m for m, i in enumerate(points) if names[i] == name]
+                   for name in sorted({names[i] for i in points})}
+        dots = {name: [dict(mode="markers", x=xy[chosen, 0].tolist(), y=xy[chosen, 1].tolist(),
+                            hoverinfo="text", hovertext=[hover[m] for m in chosen]) for xy, hover in placed]
+                for name, chosen in members.items()}
+        figures.append(panels(dots, [(axis(title, **hidden), hidden) for title in views],
+                              f"Circuits by {way}", 400))
     remedy = "" if method == "UMAP" else " UMAP keeps neighbours together better: pip install umap-learn."
     return Section(
         "Map", f"{method} of {len(points)} circuits ({subject.channels}): at most 10, at random, of each of "
@@ -571,9 +580,8 @@ def usage(subject: Subject) -> Section:
     P = coactivation(trained.rows[subject.layer, :, c * k:c * k + k] - c * E, size).fill_diagonal_(0)
     heat = dict(type="heatmap", z=P.mul(1000).round().int().tolist(), zmin=0, zmax=100, colorscale="Viridis",
                 hovertemplate="P(%{x} | %{y}) = %{z} / 1000<extra></extra>")
-    axis = dict(dtick=n, showgrid=False, constrain="domain")
-    axes = dict(xaxis=dict(title=dict(text="j"), **axis),
-                yaxis=dict(title=dict(text="i"), autorange="reversed", scaleanchor="x", **axis))
+    grid = dict(dtick=n, showgrid=False, constrain="domain")
+    axes = dict(xaxis=axis("j", **grid), yaxis=axis("i", autorange="reversed", scaleanchor="x", **grid))
     return Section(
         "Usage and co-activation", f"Of the {E} neurons of a channel, the share used at least once in "
         f"{len(flat):,} tokens, and how evenly: Gini (0 all alike, 1 one has all), entropy (1 all alike), "
@@ -896,7 +904,7 @@ def costs(layer: nn.Module) -> list[int]:
 def report_students(subject: Subject, anchors: dict[str, np.ndarray],
                     results: dict[tuple[str, int, str], tuple[float, np.ndarray]]) -> Section:
     """The section of mimic, from what imitate returned for inputs, m and student."""
-    layer, base, rows, data, layout = subject.layer, anchors["the layer"], [], [], {}
+    layer, base, rows = subject.layer, anchors["the layer"], []
     kinds, active = (list(dict.fromkeys(values)) for values in list(zip(*results))[:2])
 
     def change(losses: np.ndarray) -> Estimate:
@@ -906,16 +914,13 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
         dense = {i: results[kind, i, "dense"][0] for i in active}
         rows.append([kind, m, name, left, dense_neurons(left, dense), change(losses),
                      *costs(make_student(name, m, subject.cfg.d_model))])
-    panels = itertools.product((("unexplained", 3), ("change in loss", 5)), kinds)
-    for i, ((measure, column), kind) in enumerate(panels, 1):
-        layout |= {f"xaxis{i}": dict(type="log", tickvals=active, title=dict(text="active neurons")),
-                   f"yaxis{i}": dict(type="log" if column == 3 else "linear",
-                                     title=dict(text=f"{measure}, {kind} inputs"))}
-        for c, name in enumerate(STUDENTS):
-            y = [row[column] for row in rows if (row[0], row[2]) == (kind, name)]
-            data.append(dict(type="scatter", mode="lines+markers", name=name, legendgroup=name, x=active,
-                             y=[v.mean if column == 5 else v for v in y], xaxis=f"x{i}", yaxis=f"y{i}",
-                             showlegend=i == 1, line=dict(color=colour(c))))
+    plots = [(column, kind) for column in (3, 5) for kind in kinds]
+    axes = [(axis("active neurons", type="log", tickvals=active),
+             axis(f"unexplained, {kind} inputs", type="log") if column == 3 else
+             axis(f"change in loss, {kind} inputs")) for column, kind in plots]
+    lines = {name: [dict(x=active, y=[row[3] if column == 3 else row[5].mean for row in rows
+                                      if (row[0], row[2]) == (kind, name)]) for column, kind in plots]
+             for name in STUDENTS}
     note = "Quick trainings, only to see that it works. " if subject.args.quick else ""
     return Section(
         "Mimic", f"{note}Students with m active neurons learn the outputs of the dense layer {layer} on its "
@@ -932,8 +937,7 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
           [[name, float(losses.mean()), change(losses)] for name, losses in anchors.items()]),
          ("Costs of the layer", ["parameters", "active", "FLOPs per token"],
           [costs(subject.model.blocks[layer].ffn)])],
-        [figure(data, "What students leave unexplained, and what that costs", 800,
-                grid=dict(rows=2, columns=2, pattern="independent"), **layout)])
+        [panels(lines, axes, "What students leave unexplained, and what that costs", 400)])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -983,13 +987,10 @@ def addition() -> tuple[Tensor, Tensor, Tensor]:
 def right_digits(model: GPT, inputs: Tensor, targets: Tensor, zeroed: list[nn.Module]) -> Tensor:
     """(1000, 4) bool: is each of o0..o3 right, given the true ones before it, with outputs of layers zeroed?
     """
-    handles = [layer.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-               for layer in zeroed]
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in zeroed:
+            stack.enter_context(layer.register_forward_hook(lambda module, args, out: torch.zeros_like(out)))
         return (model(inputs)[0].argmax(-1) == targets)[:, 3:7]
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def addition_model(name: str, norm: bool, seed: int) -> GPT:
@@ -1100,40 +1101,53 @@ def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
 # -----------------------------------------------------------------------------------------------------------
 # logs: curves, and models of equal training FLOPs
 
-def read_log(run: Path) -> dict[str, list[dict]]:
-    """The entries in the log of a run (log.jsonl, or its folder) by event. ValueErrors are the user's."""
-    path, log = run if run.suffix == ".jsonl" else run / "log.jsonl", defaultdict(list)
+class Log(NamedTuple):
+    """What train.py logged of a run."""
+    run: Path               # its folder, or the log itself
+    settings: dict
+    starts: list[dict]      # of the run, and of every resumption: data, versions
+    evals: list[dict]
+
+    def cfg(self) -> GPTConfig:
+        """Settings newer than the run have their defaults."""
+        names = GPTConfig.__dataclass_fields__
+        return GPTConfig(**{name: value for name, value in self.settings.items() if name in names})
+
+
+def read_log(run: Path) -> Log:
+    """The log of a run (log.jsonl, or its folder). ValueErrors are the user's."""
+    path, by_event = run if run.suffix == ".jsonl" else run / "log.jsonl", defaultdict(list)
     if not path.is_file():
         raise ValueError(f"{path} is missing: python train.py makes it")
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):    # a kill can cut a line short
             entry = json.loads(line)
-            log[entry["event"]].append(entry)
-    if not log["config"] or not log["eval"]:
+            by_event[entry["event"]].append(entry)
+    starts, evals = by_event["config"] + by_event["resume"], by_event["eval"]
+    if not by_event["config"] or not evals:
         raise ValueError(f"{path} holds no evaluation of train.py")
-    return log
+    return Log(run, starts[0]["config"], starts, evals)
 
+
+def line(evals: list[dict], x: str) -> dict:
+    """Validation loss against x; without step 0, which has no place on a logarithmic axis."""
+    later = [entry for entry in evals if entry["step"]]
+    return dict(x=[entry[x] for entry in later], y=[entry["val_loss"] for entry in later])
 
 
 def curves(runs: list[Path]) -> Section:
     """Validation loss of runs (log.jsonl, or its folder) against steps, tokens, FLOPs and seconds."""
-    axes, rows, data = ("step", "tokens", "flops", "seconds"), [], []
-    for r, run in enumerate(runs):
-        log, last = read_log(run), (*axes, "train_loss", "val_loss", "val_bits_per_byte")
-        evals, ffn = log["eval"], log["config"][0]["config"]["ffn"]
-        rows.append([str(run), ffn, *(evals[-1][name] for name in last)])
-        for i, name in enumerate(axes, 1):      # without step 0, which has no place on a logarithmic axis
-            x, y = ([entry[key] for entry in evals if entry["step"]] for key in (name, "val_loss"))
-            data.append(dict(type="scatter", mode="lines+markers", name=f"{run} ({ffn})", legendgroup=str(r),
-                             x=x, y=y, xaxis=f"x{i}", yaxis=f"y{i}", showlegend=i == 1,
-                             line=dict(color=colour(r))))
-    layout = {f"xaxis{i}": dict(title=dict(text=name), type="log") for i, name in enumerate(axes, 1)}
+    against, rows, lines = ("step", "tokens", "flops", "seconds"), [], {}
+    for log in map(read_log, runs):
+        ffn, last = log.settings["ffn"], (*against, "train_loss", "val_loss", "val_bits_per_byte")
+        rows.append([str(log.run), ffn, *(log.evals[-1][name] for name in last)])
+        lines[f"{log.run} ({ffn})"] = [line(log.evals, name) for name in against]
     return Section(
         "Curves", "Validation loss in nats per token. FLOPs are those of training, counted as in the paper; "
         "seconds are those of the steps, without evaluations.",
-        [("Last evaluation", ["run", "ffn", *axes, "train loss", "validation loss", "bits per byte"], rows)],
-        [figure(data, "Validation loss", 700, grid=dict(rows=2, columns=2, pattern="independent"),
-                **layout)])
+        [("Last evaluation",
+          ["run", "ffn", *against, "train loss", "validation loss", "bits per byte"], rows)],
+        [panels(lines, [(axis(name, type="log"), {}) for name in against], "Validation loss", 350)])
 
 
 SAME = ("eval_sequences", "block_size", "vocab_size", "batch_size", "learning_rate", "weight_decay",
@@ -1141,29 +1155,11 @@ SAME = ("eval_sequences", "block_size", "vocab_size", "batch_size", "learning_ra
 VARIED = "activation", "router", "softmax_gates", "shared_pool", "norm"     # what names a variant of a layer
 
 
-@dataclass
-class Group:
-    """The runs of one model with one budget; they differ by their seeds, over which numbers are averaged."""
-    runs: list[Path]
-    variant: str            # the ffn, and what differs from its defaults
-    cfg: GPTConfig
-    total: int              # parameters
-    active: int             # of them, per token
-    losses: list[float]     # after the last step, one per seed
-    evals: list[dict]       # those at the steps that the runs have in common
-    machines: set[str]
-
-    @property
-    def loss(self) -> float:
-        return self.evals[-1]["val_loss"]
-
-
-def check_comparable(runs: list[Path], logs: list[dict]) -> None:
+def check_comparable(logs: list[Log]) -> None:
     """Raises ValueError if a run did not spend a budget, or two differ by more than model, budget, seed."""
-    first, seen, budgets = None, {}, Counter(log["config"][0]["config"]["flops"] for log in logs)
-    for run, log in zip(runs, logs):
-        start, step = log["config"][0], log["eval"][-1]["step"]
-        cfg = start["config"]
+    first, seen, budgets = None, {}, Counter(log.settings["flops"] for log in logs)
+    for log in logs:
+        run, cfg, start, step = log.run, log.settings, log.starts[0], log.evals[-1]["step"]
         if not cfg["flops"]:
             raise ValueError(f"{run} was not trained to a budget: python train.py --flops=...")
         if step != cfg["steps"]:
@@ -1175,51 +1171,53 @@ def check_comparable(runs: list[Path], logs: list[dict]) -> None:
         first = first or settings
         for name, value in settings.items():
             if value != first[name]:
-                raise ValueError(f"{runs[0]} and {run} are not comparable: {name}={first[name]} and {value}")
-        same = *vars(model_config(cfg)).values(), cfg["flops"], cfg["seed"]
+                raise ValueError(f"{logs[0].run} and {run} are not comparable: {name}={first[name]} and "
+                                 f"{value}")
+        same = repr(log.cfg()), cfg["flops"], cfg["seed"]
         if same in seen:
             raise ValueError(f"{seen[same]} and {run} are the same run, with seed={cfg['seed']}: give one")
         seen[same] = run
-    for run, log in zip(runs, logs):
-        if budgets[flops := log["config"][0]["config"]["flops"]] == 1:
-            raise ValueError(f"{run} alone has flops={flops:g}: there is nothing to compare it with")
+    for run, cfg, *_ in logs:
+        if budgets[cfg["flops"]] == 1:
+            raise ValueError(f"{run} alone has flops={cfg['flops']:g}: there is nothing to compare it with")
 
 
-def model_config(settings: dict) -> GPTConfig:
-    """Of the settings of a run; those newer than the run have their defaults."""
-    return GPTConfig(**{name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings})
+class Group:
+    """The runs of one model with one budget; they differ by their seeds, over which numbers are averaged."""
+
+    def __init__(self, logs: list[Log]):
+        self.run, self.cfg = logs[0].run, logs[0].cfg()
+        changed = {name: value for name in VARIED
+                   if (value := getattr(self.cfg, name)) != getattr(GPTConfig, name)}
+        words = [value if isinstance(value, str) else name if value else f"no {name}"
+                 for name, value in changed.items()]
+        self.variant = " ".join([self.cfg.ffn, *words])
+        with torch.device("meta"):
+            self.total, self.active = GPT(self.cfg).num_params()
+        by_step = [{entry["step"]: entry for entry in log.evals} for log in logs]
+        self.evals = [entry | {key: float(np.mean([entries[step][key] for entries in by_step]))
+                               for key in ("seconds", "val_loss", "val_bits_per_byte")}
+                      for step, entry in by_step[0].items() if all(step in entries for entries in by_step)]
+        self.last = self.evals[-1]
+        self.loss, self.losses = self.last["val_loss"], [log.evals[-1]["val_loss"] for log in logs]
+        versions = [start["versions"] for log in logs for start in log.starts]
+        self.machines = {f"{v['machine']}, {v.get('processes', 1)} process(es)" for v in versions}
+
+
+def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
+    """The groups of each budget, the lowest loss first."""
+    alike, budgets = defaultdict(list), defaultdict(list)
+    for log in logs:
+        alike[log.settings["flops"], repr(log.cfg())].append(log)
+    for (budget, _), of_model in alike.items():
+        budgets[budget].append(Group(of_model))
+    return {budget: sorted(budgets[budget], key=lambda group: group.loss) for budget in sorted(budgets)}
 
 
 def layer_sizes(cfg: GPTConfig) -> str:
     if cfg.ffn in ("sgatlin", "peer"):
         return f"{cfg.n_channels} x {cfg.n_experts} k {cfg.top_k} d_key {cfg.d_key}"
     return f"{cfg.n_experts} x {cfg.d_ff} k {cfg.top_k}" if cfg.ffn == "moe" else f"{cfg.d_ff}"
-
-
-def group_runs(runs: list[Path], logs: list[dict]) -> dict[float, list[Group]]:
-    """The groups of each budget, the lowest loss first."""
-    by_model, budgets = defaultdict(dict), defaultdict(list)
-    for run, log in zip(runs, logs):
-        settings = log["config"][0]["config"]
-        by_model[settings["flops"], *vars(model_config(settings)).values()][run] = log
-    for (budget, *sizes), of_run in by_model.items():
-        cfg, alike = GPTConfig(*sizes), list(of_run.values())
-        changed = {name: value for name in VARIED
-                   if (value := getattr(cfg, name)) != getattr(GPTConfig, name)}
-        words = [value if isinstance(value, str) else name if value else f"no {name}"
-                 for name, value in changed.items()]
-        by_step = [{entry["step"]: entry for entry in log["eval"]} for log in alike]
-        evals = [entry | {key: statistics.fmean(entries[entry["step"]][key] for entries in by_step)
-                          for key in ("seconds", "val_loss", "val_bits_per_byte")}
-                 for entry in alike[0]["eval"] if all(entry["step"] in entries for entries in by_step)]
-        machines = {f"{entry['versions']['machine']}, {entry['versions'].get('processes', 1)} process(es)"
-                    for log in alike for entry in log["config"] + log["resume"]}
-        with torch.device("meta"):
-            total, active = GPT(cfg).num_params()
-        losses = [log["eval"][-1]["val_loss"] for log in alike]
-        budgets[budget].append(Group(list(of_run), " ".join([cfg.ffn, *words]), cfg, total, active, losses,
-                                     evals, machines))
-    return {budget: sorted(budgets[budget], key=lambda group: group.loss) for budget in sorted(budgets)}
 
 
 def seconds_to(evals: list[dict], loss: float) -> float | None:
@@ -1250,16 +1248,15 @@ def race(best: list[Group]) -> list[list]:
 def isoflop(runs: list[Path]) -> Section:
     """Runs that spent equal FLOPs: the losses of models and sizes, and the seconds to equal loss."""
     logs = [read_log(run) for run in runs]
-    check_comparable(runs, logs)
+    check_comparable(logs)
     tables, figures, notes = [], [], ""
-    for budget, groups in group_runs(runs, logs).items():
+    for budget, groups in group_runs(logs).items():
         best = {group.variant: group for group in reversed(groups)}     # the lowest loss stays
-        rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.runs[0]),
+        rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.run),
                  f"{group.cfg.n_layer} x {group.cfg.d_model}, {layer_sizes(group.cfg)}", group.total,
-                 group.active, last["tokens"], last["step"], len(group.losses), group.loss,
-                 statistics.stdev(group.losses) if len(group.losses) > 1 else "-", math.exp(group.loss),
-                 last["val_bits_per_byte"], last["seconds"]]
-                for group in groups for last in group.evals[-1:]]
+                 group.active, group.last["tokens"], group.last["step"], len(group.losses), group.loss,
+                 float(np.std(group.losses, ddof=1)) if len(group.losses) > 1 else "-", math.exp(group.loss),
+                 group.last["val_bits_per_byte"], group.last["seconds"]] for group in groups]
         tables.append((f"{budget:g} FLOPs: validation loss",
                        ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
                         "tokens", "steps", "seeds", "loss", "sd", "perplexity", "bits per byte", "seconds"],
@@ -1287,19 +1284,13 @@ def isoflop(runs: list[Path]) -> Section:
 
 def isoflop_figure(budget: float, groups: list[Group], timed: list[Group]) -> dict:
     """The final loss against parameters, and, of the best sizes, the loss against seconds."""
-    data, layout = [], {}
-    for c, variant in enumerate(sorted({group.variant for group in groups})):
+    lines = {}
+    for variant in sorted({group.variant for group in groups}):
         sizes = sorted((group.total, group.loss) for group in groups if group.variant == variant)
-        lines = [tuple(zip(*sizes))] + [
-            tuple(zip(*((entry["seconds"], entry["val_loss"]) for entry in group.evals if entry["step"])))
-            for group in timed if group.variant == variant]     # step 0 has no place on a logarithmic axis
-        data += [dict(type="scatter", mode="lines+markers", name=variant, legendgroup=variant, x=x, y=y,
-                      xaxis=f"x{i}", yaxis=f"y{i}", showlegend=i == 1, line=dict(color=colour(c)))
-                 for i, (x, y) in enumerate(lines, 1)]
-    for i, name in enumerate(("parameters", "seconds")[:1 + bool(timed)], 1):
-        layout[f"xaxis{i}"] = dict(title=dict(text=name), type="log")
-    return figure(data, f"Validation loss with {budget:g} FLOPs", 420, **layout,
-                  grid=dict(rows=1, columns=len(layout), pattern="independent"))
+        lines[variant] = [dict(zip("xy", zip(*sizes)))]
+        lines[variant] += [line(group.evals, "seconds") for group in timed if group.variant == variant]
+    axes = [(axis(name, type="log"), {}) for name in ("parameters", "seconds")[:1 + bool(timed)]]
+    return panels(lines, axes, f"Validation loss with {budget:g} FLOPs", 420)
 
 
 # -----------------------------------------------------------------------------------------------------------
