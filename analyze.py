@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -122,7 +123,7 @@ def panels(points: dict[str, list[dict]], axes: list[tuple[dict, dict]], title: 
     A name has one colour, one place in the legend, and its points {"x": ..., "y": ...} in each of the plots.
     """
     data, rows = [], math.ceil(len(axes) / 2)
-    layout = {f"{letter}axis{i}": axis for i, pair in enumerate(axes, 1) for letter, axis in zip("xy", pair)}
+    layout = {f"{x}axis{i}": shape for i, pair in enumerate(axes, 1) for x, shape in zip("xy", pair)}
     for c, (name, parts) in enumerate(points.items()):
         colour = f"hsl({c * 137.5 % 360:.0f}, 65%, {40 + c % 3 * 10}%)"     # steps of the golden angle
         data += [dict(type="scatter", mode="lines+markers", name=name, legendgroup=name, showlegend=i == 1,
@@ -664,13 +665,6 @@ def patched_logits(model: GPT, prompts: Tensor, choices: list[tuple[list[int], i
         yield torch.stack([last_logits(functools.partial(patch, s)) for s in range(len(prompts))], dim=1)
 
 
-def pair_mean(values: Tensor, chosen: Tensor) -> Estimate:
-    """Of values (F, F) over the chosen pairs; the units are facts."""
-    def mean(keep: np.ndarray) -> float:
-        return values[chosen & torch.from_numpy(keep[:, None] & keep)].mean().item()
-    return jackknife(mean, len(values))
-
-
 def patching(subject: Subject) -> Section:
     """The gates of one prompt in another: how far they carry its answer, for all ordered pairs of facts."""
     template, rows, effects, own_change = subject.args.template or TEMPLATES.get(subject.source), [], [], 0.0
@@ -688,6 +682,10 @@ def patching(subject: Subject) -> Section:
     clean = preference(logits[:, None].expand(F, F, -1), own, other)
     counter = preference(logits.expand(F, F, -1), own, other)
     known = (clean > 0) & (counter < 0)                 # both prompts prefer their own answer
+
+    def estimate(x: Tensor) -> Estimate:
+        return jackknife(lambda keep: x[known & torch.from_numpy(keep[:, None] & keep)].mean().item(), F)
+
     for (layers, position), z in zip(choices, runs):
         shape = F, F, F, 1                              # [a, source, b]
         patched = preference(z[:, :, None].expand(*shape[:3], -1), own[:, None].expand(shape),
@@ -700,7 +698,7 @@ def patching(subject: Subject) -> Section:
         effects.append(means[0])
         rows.append([subject.name(prompts[0, position]) if position > slot else "{}",
                      "all" if layers == every else f"{layers[0]}",
-                     *(pair_mean(x, known) for x in means[:5])])
+                     *map(estimate, means[:5])])
     return report_patches(subject, template, facts, logits.softmax(1), known, effects[0], rows, own_change)
 
 
@@ -872,14 +870,14 @@ def mimic(subject: Subject) -> Section:
     mean = inputs["real"][1].mean(0).to(device)
     anchors = {"the layer": base, "its mean": window_losses(model, layer, held_out, mean.expand_as),
                "nothing": window_losses(model, layer, held_out, torch.zeros_like)}
-    keys, results = list(itertools.product(inputs, effort.active, STUDENTS)), {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "inputs.pt")
         torch.save(inputs | dict(windows=held_out, checkpoint=str(subject.path),
                                  device=subject.device, layer=layer, steps=effort.steps), file)
-        jobs = [(file, *key) for key in keys]
-        for result, key in zip(parallel(imitate, jobs, subject.device), keys):
-            results[key] = result
+        jobs = [(file, *key) for key in itertools.product(inputs, effort.active, STUDENTS)]
+        for (_, *key), result in zip(jobs, parallel(imitate, jobs, subject.device)):
+            results[tuple(key)] = result
             print("{}/{} {} inputs, {} active neurons, {}: {:.4f} of the variance unexplained".format(
                 len(results), len(jobs), *key, result[0]), flush=True)
     return report_students(subject, anchors, results)
@@ -905,7 +903,7 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
                     results: dict[tuple[str, int, str], tuple[float, np.ndarray]]) -> Section:
     """The section of mimic, from what imitate returned for inputs, m and student."""
     layer, base, rows = subject.layer, anchors["the layer"], []
-    kinds, active = (list(dict.fromkeys(values)) for values in list(zip(*results))[:2])
+    kinds, active = ("real", "Gaussian"), sorted({m for _, m, _ in results})
 
     def change(losses: np.ndarray) -> Estimate:
         return jackknife(lambda keep: (losses - base)[keep].mean(), len(base))
@@ -1105,17 +1103,13 @@ class Log(NamedTuple):
     """What train.py logged of a run."""
     run: Path               # its folder, or the log itself
     settings: dict
+    cfg: GPTConfig          # of them; those newer than the run have their defaults
     starts: list[dict]      # of the run, and of every resumption: data, versions
     evals: list[dict]
 
-    def cfg(self) -> GPTConfig:
-        """Settings newer than the run have their defaults."""
-        names = GPTConfig.__dataclass_fields__
-        return GPTConfig(**{name: value for name, value in self.settings.items() if name in names})
-
 
 def read_log(run: Path) -> Log:
-    """The log of a run (log.jsonl, or its folder). ValueErrors are the user's."""
+    """ValueErrors are the user's."""
     path, by_event = run if run.suffix == ".jsonl" else run / "log.jsonl", defaultdict(list)
     if not path.is_file():
         raise ValueError(f"{path} is missing: python train.py makes it")
@@ -1126,7 +1120,9 @@ def read_log(run: Path) -> Log:
     starts, evals = by_event["config"] + by_event["resume"], by_event["eval"]
     if not by_event["config"] or not evals:
         raise ValueError(f"{path} holds no evaluation of train.py")
-    return Log(run, starts[0]["config"], starts, evals)
+    settings, names = starts[0]["config"], GPTConfig.__dataclass_fields__
+    cfg = GPTConfig(**{name: value for name, value in settings.items() if name in names})
+    return Log(run, settings, cfg, starts, evals)
 
 
 def line(evals: list[dict], x: str) -> dict:
@@ -1139,9 +1135,9 @@ def curves(runs: list[Path]) -> Section:
     """Validation loss of runs (log.jsonl, or its folder) against steps, tokens, FLOPs and seconds."""
     against, rows, lines = ("step", "tokens", "flops", "seconds"), [], {}
     for log in map(read_log, runs):
-        ffn, last = log.settings["ffn"], (*against, "train_loss", "val_loss", "val_bits_per_byte")
-        rows.append([str(log.run), ffn, *(log.evals[-1][name] for name in last)])
-        lines[f"{log.run} ({ffn})"] = [line(log.evals, name) for name in against]
+        last = [log.evals[-1][name] for name in (*against, "train_loss", "val_loss", "val_bits_per_byte")]
+        rows.append([str(log.run), log.cfg.ffn, *last])
+        lines[f"{log.run} ({log.cfg.ffn})"] = [line(log.evals, name) for name in against]
     return Section(
         "Curves", "Validation loss in nats per token. FLOPs are those of training, counted as in the paper; "
         "seconds are those of the steps, without evaluations.",
@@ -1173,29 +1169,27 @@ def check_comparable(logs: list[Log]) -> None:
             if value != first[name]:
                 raise ValueError(f"{logs[0].run} and {run} are not comparable: {name}={first[name]} and "
                                  f"{value}")
-        same = repr(log.cfg()), cfg["flops"], cfg["seed"]
+        same = repr(log.cfg), cfg["flops"], cfg["seed"]
         if same in seen:
             raise ValueError(f"{seen[same]} and {run} are the same run, with seed={cfg['seed']}: give one")
         seen[same] = run
-    for run, cfg, *_ in logs:
-        if budgets[cfg["flops"]] == 1:
-            raise ValueError(f"{run} alone has flops={cfg['flops']:g}: there is nothing to compare it with")
+    for log in logs:
+        if budgets[budget := log.settings["flops"]] == 1:
+            raise ValueError(f"{log.run} alone has flops={budget:g}: there is nothing to compare it with")
 
 
 class Group:
     """The runs of one model with one budget; they differ by their seeds, over which numbers are averaged."""
 
     def __init__(self, logs: list[Log]):
-        self.run, self.cfg = logs[0].run, logs[0].cfg()
-        changed = {name: value for name in VARIED
-                   if (value := getattr(self.cfg, name)) != getattr(GPTConfig, name)}
-        words = [value if isinstance(value, str) else name if value else f"no {name}"
-                 for name, value in changed.items()]
+        self.run, self.cfg = logs[0].run, logs[0].cfg
+        words = [value if isinstance(value, str) else name if value else f"no {name}" for name in VARIED
+                 if (value := getattr(self.cfg, name)) != getattr(GPTConfig, name)]
         self.variant = " ".join([self.cfg.ffn, *words])
         with torch.device("meta"):
             self.total, self.active = GPT(self.cfg).num_params()
         by_step = [{entry["step"]: entry for entry in log.evals} for log in logs]
-        self.evals = [entry | {key: float(np.mean([entries[step][key] for entries in by_step]))
+        self.evals = [entry | {key: statistics.fmean(entries[step][key] for entries in by_step)
                                for key in ("seconds", "val_loss", "val_bits_per_byte")}
                       for step, entry in by_step[0].items() if all(step in entries for entries in by_step)]
         self.last = self.evals[-1]
@@ -1208,7 +1202,7 @@ def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
     """The groups of each budget, the lowest loss first."""
     alike, budgets = defaultdict(list), defaultdict(list)
     for log in logs:
-        alike[log.settings["flops"], repr(log.cfg())].append(log)
+        alike[log.settings["flops"], repr(log.cfg)].append(log)
     for (budget, _), of_model in alike.items():
         budgets[budget].append(Group(of_model))
     return {budget: sorted(budgets[budget], key=lambda group: group.loss) for budget in sorted(budgets)}
@@ -1255,7 +1249,7 @@ def isoflop(runs: list[Path]) -> Section:
         rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.run),
                  f"{group.cfg.n_layer} x {group.cfg.d_model}, {layer_sizes(group.cfg)}", group.total,
                  group.active, group.last["tokens"], group.last["step"], len(group.losses), group.loss,
-                 float(np.std(group.losses, ddof=1)) if len(group.losses) > 1 else "-", math.exp(group.loss),
+                 statistics.stdev(group.losses) if len(group.losses) > 1 else "-", math.exp(group.loss),
                  group.last["val_bits_per_byte"], group.last["seconds"]] for group in groups]
         tables.append((f"{budget:g} FLOPs: validation loss",
                        ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
@@ -1264,13 +1258,13 @@ def isoflop(runs: list[Path]) -> Section:
         leaders = sorted(best.values(), key=lambda group: group.loss)
         machines = set().union(*(group.machines for group in leaders))
         if len(machines) > 1:
-            notes += (f" At {budget:g} FLOPs no seconds are compared: the runs are of "
-                      f"{' and of '.join(sorted(machines))}.")
-        elif rows := race(leaders):
+            leaders, notes = [], (f"{notes} At {budget:g} FLOPs no seconds are compared: the runs are of "
+                                  f"{' and of '.join(sorted(machines))}.")
+        if rows := race(leaders):
             tables.append((f"{budget:g} FLOPs: seconds to equal loss",
                            ["variant", "reaches the final loss of", "loss", "which took", "after", "ratio"],
                            rows))
-        figures.append(isoflop_figure(budget, groups, leaders if len(machines) == 1 else []))
+        figures.append(isoflop_figure(budget, groups, leaders))
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the lowest "
         "loss first, in nats per token of validation text after the last step. A star marks the best size "
@@ -1319,7 +1313,8 @@ COMMANDS = {    # name: parts, help, options. A part takes the Subject and retur
     "map": ([structure, circuit_map], "circuits in the plane, and whether near ones mean alike", RECORDED),
     "usage": ([usage], "which neurons are used, and which together", RECORDED),
     "patch": ([patching], "the gates of one prompt in another", (*RECORDED[:2], "template", "min_count")),
-    "mimic": ([mimic], "students of a dense layer, with few active neurons", (*RECORDED[:4], "teacher", "quick")),
+    "mimic": ([mimic], "students of a dense layer, with few active neurons",
+              (*RECORDED[:4], "teacher", "quick")),
     "redistribute": ([redistribute], "do sparse layers leave more to attention? trains tiny models of x + 7",
                      (*RECORDED[:2], "quick")),
     "curves": ([lambda args: curves(args.runs)], "loss against steps, tokens, FLOPs, seconds", RECORDED[:1]),

@@ -96,15 +96,11 @@ RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch
 # -----------------------------------------------------------------------------------------------------------
 # settings
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the settings)\n")
-
-
-def parse_args(argv: list[str] | None) -> tuple[Parser, dict]:
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, dict]:
     """The parser, and the settings that the command line gives."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (--help lists the settings)\n")
     comments = {}
     for cls in (GPTConfig, TrainConfig):
         comments |= dict(re.findall(r"^    (\w+): .*?  # ?(.*)$", inspect.getsource(cls), re.M))
