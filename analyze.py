@@ -1109,7 +1109,7 @@ class Log(NamedTuple):
 
 
 def read_log(run: Path) -> Log:
-    """ValueErrors are the user's."""
+    """The log of a run: log.jsonl, or its folder. ValueErrors are the user's."""
     path, by_event = run if run.suffix == ".jsonl" else run / "log.jsonl", defaultdict(list)
     if not path.is_file():
         raise ValueError(f"{path} is missing: python train.py makes it")
@@ -1227,13 +1227,12 @@ def seconds_to(evals: list[dict], loss: float) -> float | None:
 
 def race(best: list[Group]) -> list[list]:
     """Seconds to equal loss: sgatlin to that of each other variant, and the other way where it cannot."""
-    ours, rows = next((group for group in best if group.variant == "sgatlin"), None), []
-    for rival in best:
-        pairs = [(ours, rival), (rival, ours)] if ours and ours is not rival else []
-        for runner, goal in pairs:
-            seconds, own = seconds_to(runner.evals, goal.loss), goal.evals[-1]["seconds"]
-            rows.append([runner.variant, goal.variant, goal.loss, own, "-" if seconds is None else seconds,
-                         "-" if seconds is None else seconds / own])
+    rows = []
+    for ours, rival in ((a, b) for a in best for b in best if a.variant == "sgatlin" != b.variant):
+        for runner, goal in ((ours, rival), (rival, ours)):
+            seconds, own = seconds_to(runner.evals, goal.loss), goal.last["seconds"]
+            reached = ["-", "-"] if seconds is None else [seconds, seconds / own]
+            rows.append([runner.variant, goal.variant, goal.loss, own, *reached])
             if seconds is not None:
                 break
     return rows
@@ -1245,7 +1244,9 @@ def isoflop(runs: list[Path]) -> Section:
     check_comparable(logs)
     tables, figures, notes = [], [], ""
     for budget, groups in group_runs(logs).items():
-        best = {group.variant: group for group in reversed(groups)}     # the lowest loss stays
+        best = {}       # of each variant the size of the lowest loss
+        for group in groups:
+            best.setdefault(group.variant, group)
         rows = [[group.variant, "*" if best[group.variant] is group else "", str(group.run),
                  f"{group.cfg.n_layer} x {group.cfg.d_model}, {layer_sizes(group.cfg)}", group.total,
                  group.active, group.last["tokens"], group.last["step"], len(group.losses), group.loss,
@@ -1255,16 +1256,15 @@ def isoflop(runs: list[Path]) -> Section:
                        ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
                         "tokens", "steps", "seeds", "loss", "sd", "perplexity", "bits per byte", "seconds"],
                        rows))
-        leaders = sorted(best.values(), key=lambda group: group.loss)
-        machines = set().union(*(group.machines for group in leaders))
+        timed, machines = list(best.values()), set().union(*(group.machines for group in best.values()))
         if len(machines) > 1:
-            leaders, notes = [], (f"{notes} At {budget:g} FLOPs no seconds are compared: the runs are of "
-                                  f"{' and of '.join(sorted(machines))}.")
-        if rows := race(leaders):
+            timed, notes = [], (f"{notes} At {budget:g} FLOPs no seconds are compared: the runs are of "
+                                f"{' and of '.join(sorted(machines))}.")
+        if rows := race(timed):
             tables.append((f"{budget:g} FLOPs: seconds to equal loss",
                            ["variant", "reaches the final loss of", "loss", "which took", "after", "ratio"],
                            rows))
-        figures.append(isoflop_figure(budget, groups, leaders))
+        figures.append(isoflop_figure(budget, groups, timed))
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the lowest "
         "loss first, in nats per token of validation text after the last step. A star marks the best size "
