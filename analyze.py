@@ -1175,7 +1175,9 @@ def check_comparable(logs: list[Log]) -> None:
         seen[same] = run
     for log in logs:
         if budgets[budget := log.settings["flops"]] == 1:
-            raise ValueError(f"{log.run} alone has flops={budget:g}: there is nothing to compare it with")
+            others = ", ".join(f"{other:g}" for other in budgets if other != budget) or "none"
+            raise ValueError(f"{log.run} alone has flops={budget:g} (other budgets: {others}): there is "
+                             "nothing to compare it with")
 
 
 class Group:

@@ -1641,8 +1641,8 @@ def test_kinds_of_python_tokens():
 
 
 def test_report_holds_everything_and_loads_nothing(planted, capsys):
-    earlier = analyze.Section("Mimic", "", [("Students", ["m", "change"], [[8, analyze.Estimate(0.5, 0.25)]])])
-    (planted / "mimic.json").write_text(json.dumps({"Mimic": vars(earlier)}))
+    tables = [("Students", ["m", "change"], [[8, analyze.Estimate(0.5, 0.25)]])]
+    (planted / "mimic.json").write_text(json.dumps({"Mimic": vars(analyze.Section("Mimic", "", tables))}))
     analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
@@ -1875,7 +1875,7 @@ def test_isoflop(tmp_path):
     (dict(machine="cuda: H200"), "dtype=auto on cpu and auto on cuda"),
     (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
     (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
-    (dict(flops=2e12), r"a alone has flops=1e\+12: there is nothing to compare it with"),
+    (dict(flops=2e12), r"a alone has flops=1e\+12 \(other budgets: 2e\+12\): there is nothing to compare"),
     ({}, "a and .*b are the same run, with seed=1337")])
 def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     runs = [budget_run(tmp_path / name, "mlp", (8, 5, 3), **settings)

@@ -585,8 +585,9 @@ def finish(run: Run) -> None:
                               generator=generator))
         out(f"trained for {clock(run.seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
     where = "" if run.cfg.out_dir == TrainConfig.out_dir else f" --out_dir={run.cfg.out_dir}"
+    analysis = {"sgatlin": f"analyze.py{where}", "mlp": f"analyze.py mimic{where}"}
     out(f"next:  python sample.py{where} --prompt \"def \"\n"
-        f"       python analyze.py{where}\n"
+        f"       python {analysis.get(run.cfg.ffn, f'analyze.py curves {run.cfg.out_dir}')}\n"
         f"       python train.py{where} --resume --steps={2 * run.cfg.steps}")
 
 
