@@ -195,6 +195,9 @@ class Subject:
                              "--out_dir=out-mlp trains one, then give --teacher=out-mlp")
         if cfg.ffn != "sgatlin" and args.command != "mimic":
             raise ValueError(f"{self.path} has ffn={cfg.ffn}: only the gates of an sgatlin are its circuits")
+        if cfg.softmax_gates or cfg.shared_pool:
+            raise ValueError(f"{self.path} has softmax_gates or shared_pool: circuits are read from raw "
+                             "gates and one pool per channel")
         saved, fields = load_checkpoint(self.path), TrainConfig.__dataclass_fields__
         settings = {name: value for name, value in saved["config"].items() if name in fields}
         self.data = Data(TrainConfig(**settings | dict(eval_sequences=args.windows)))
@@ -745,7 +748,8 @@ def start_worker() -> None:
 def parallel(function: Callable, jobs: list[tuple], device: str) -> Iterator:
     """function(*job) for all jobs, in their order: on a CPU a process per core, else here, one by one.
 
-    function belongs to a module; jobs and results are pickled. One thread each: the same numbers anywhere.
+    function belongs to a module; jobs and results are pickled. One thread each: on a CPU the numbers do not
+    depend on how many cores there are.
     """
     if device == "cuda":
         yield from itertools.starmap(function, jobs)
@@ -813,7 +817,8 @@ def unexplained(y: Tensor, predicted: Tensor) -> float:
 
 def fit(student: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     """Trains student(x) to be y, (N, D) each: mean squared error, Adam, cosine to 0, batches of 1024."""
-    # 1e-2 was the best of 1e-3, 3e-3, 1e-2 and 3e-2 for every kind of student with 32 active neurons
+    # with 32 neurons on real inputs 1e-2 was best: for dense ones (4800 steps) of 3e-3, 1e-2 and 3e-2, for
+    # sparse ones (300 steps) of 1e-3 to 1e-2, and against 3e-2
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -884,11 +889,12 @@ def mimic(subject: Subject) -> Section:
 
 
 def dense_neurons(left: float, dense: dict[int, float]) -> float | str:
-    """Neurons with which dense students, {m: unexplained}, leave as much: on lines between logarithms."""
-    m, best = list(dense), np.minimum.accumulate(list(dense.values()))
-    if left > best[0] or left < best[-1]:
-        return f"< {m[0]}" if left > best[0] else f"> {m[-1]}"
-    return float(np.exp(np.interp(-np.log(left), -np.log(best), np.log(m))))
+    """Fewest neurons with which dense students, {m: unexplained}, leave as little: on lines between logs."""
+    best, first = np.unique(np.minimum.accumulate(list(dense.values())), return_index=True)    # ascending
+    m = np.array(list(dense))[first]
+    if left > best[-1] or left < best[0]:
+        return f"< {m[-1]}" if left > best[-1] else f"> {m[0]}"
+    return float(np.exp(np.interp(np.log(left), np.log(best), np.log(m))))
 
 
 def costs(layer: nn.Module) -> list[int]:
@@ -921,8 +927,9 @@ def report_students(subject: Subject, anchors: dict[str, np.ndarray],
              for name in STUDENTS}
     note = "Quick trainings, only to see that it works. " if subject.args.quick else ""
     return Section(
-        "Mimic", f"{note}Students with m active neurons learn the outputs of the dense layer {layer} on its "
-        "inputs in training text, and on Gaussian inputs of the same mean and covariance. Unexplained: the "
+        "Mimic", f"{note}Students with m active neurons learn the outputs of the dense layer {layer} of "
+        f"{subject.path} on its inputs in training text, and on Gaussian inputs of the same mean and "
+        f"covariance; the dense ones train {STUDENTS['dense'][1]} times as long. Unexplained: the "
         "fraction of the variance of the outputs that a student leaves on inputs held out; as dense: the "
         "active neurons of a dense student that leaves as much; change: of the validation loss, in nats per "
         "token, with the student in the layer's place, with intervals of 95% over windows. The sparse ones "
@@ -1083,9 +1090,9 @@ def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
         "is right without the FFN, attention does much of the work. Chance is 0.1; to say 0 always gets "
         f"0.323, because o3 is 0 unless x > 992. Means ± standard deviations over {n} seeds. Paper: without "
         "FFN and norm, arXiv 2605.09403, Figure 1 (its GLU is 170 wide). Departures from it: rotary "
-        "positions; experts are SwiGLUs; the weights of the chosen experts are not renormalised, so that "
-        "the loss of the task trains the router, and no other loss balances it. A frozen router keeps its "
-        "random weights.",
+        "positions; no bias in attention; GELU where it has SiLU; GLU and experts are clamped SwiGLUs; the "
+        "weights of the chosen experts are not renormalised, so that the loss of the task trains the "
+        "router, and no other loss balances it. A frozen router keeps its random weights.",
         [*((f"Accuracy of output digits, {NORMS[norm]}", header, rows[norm]) for norm in NORMS),
          (f"Learned and frozen routers, accuracy without FFN: exact sign-flip test of {n} pairs, p is "
           f"{2 / 2**n:g} at least", ["model", "layer", "learned", "frozen", "difference", "p"], tests),
@@ -1227,14 +1234,16 @@ def seconds_to(evals: list[dict], loss: float) -> float | None:
     return None
 
 
-def race(best: list[Group]) -> list[list]:
-    """Seconds to equal loss: sgatlin to that of each other variant, and the other way where it cannot."""
+def race(best: dict[str, Group], groups: list[Group]) -> list[list]:
+    """Seconds to the loss of the best size of another variant, in the quickest of sgatlin; or, where none
+    gets there, the other way round."""
     rows = []
-    for ours, rival in ((a, b) for a in best for b in best if a.variant == "sgatlin" != b.variant):
-        for runner, goal in ((ours, rival), (rival, ours)):
-            seconds, own = seconds_to(runner.evals, goal.loss), goal.last["seconds"]
+    for rival in [name for name in best if name != "sgatlin" in best]:
+        for runner, goal in (("sgatlin", best[rival]), (rival, best["sgatlin"])):
+            times = [seconds_to(group.evals, goal.loss) for group in groups if group.variant == runner]
+            seconds, own = min((t for t in times if t is not None), default=None), goal.last["seconds"]
             reached = ["-", "-"] if seconds is None else [seconds, seconds / own]
-            rows.append([runner.variant, goal.variant, goal.loss, own, *reached])
+            rows.append([runner, goal.variant, goal.loss, own, *reached])
             if seconds is not None:
                 break
     return rows
@@ -1258,23 +1267,24 @@ def isoflop(runs: list[Path]) -> Section:
                        ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
                         "tokens", "steps", "seeds", "loss", "sd", "perplexity", "bits per byte", "seconds"],
                        rows))
-        timed, machines = list(best.values()), set().union(*(group.machines for group in best.values()))
+        timed, machines = list(best.values()), set().union(*(group.machines for group in groups))
         if len(machines) > 1:
             timed, notes = [], (f"{notes} At {budget:g} FLOPs no seconds are compared: the runs are of "
                                 f"{' and of '.join(sorted(machines))}.")
-        if rows := race(timed):
+        elif rows := race(best, groups):
             tables.append((f"{budget:g} FLOPs: seconds to equal loss",
                            ["variant", "reaches the final loss of", "loss", "which took", "after", "ratio"],
                            rows))
         figures.append(isoflop_figure(budget, groups, timed))
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the lowest "
-        "loss first, in nats per token of validation text after the last step. A star marks the best size "
+        "loss first, in nats per token of validation text after the last step. A star marks the best sizes "
         "of a variant. Numbers are means over seeds, and sd their standard deviation; seconds are those "
-        "of the steps, without evaluations. Seconds to equal loss compare the best sizes: a ratio below 1 "
-        "means that the first variant is quicker, and - that it never reaches that loss; then the line "
-        "below has the other way round. A falling learning rate brings a run to its low losses only near "
-        f"its end, so a run planned for just that loss would need fewer seconds than these.{notes}",
+        "of the steps, without evaluations. Seconds to equal loss are those of the quickest sizes of the "
+        "first variant and of the best of the second: a ratio below 1 means that the first is quicker, and "
+        "- that it never reaches that loss; then the line below has the other way round. A falling learning "
+        "rate brings a run to its low losses only near its end, so a run planned for just that loss would "
+        f"need fewer seconds than these.{notes}",
         tables, figures)
 
 
@@ -1292,6 +1302,18 @@ def isoflop_figure(budget: float, groups: list[Group], timed: list[Group]) -> di
 # -----------------------------------------------------------------------------------------------------------
 # the command line
 
+def repeated(name: str, subject: Subject) -> Section | None:
+    """What the experiment of that name wrote to the folder of the report, if it did."""
+    file = subject.args.out_dir / f"{name}.json"
+    if not file.exists():
+        return None
+    try:
+        [saved] = json.loads(file.read_text(encoding="utf-8")).values()
+        return Section(**saved)
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{file} is not what python analyze.py {name} writes") from None
+
+
 OPTIONS = {
     "out_dir": dict(type=Path, default=Path("out"), help="folder of run and results (default: out)"),
     "device": dict(choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"),
@@ -1305,11 +1327,11 @@ OPTIONS = {
     "teacher": dict(type=Path, help="folder of a run of --ffn=mlp (default: out_dir)"),
     "quick": dict(action="store_true", default=False, help="few, short trainings, to see that it works"),
 }
-EXPERIMENTS = "mimic", "redistribute", "isoflop"    # the report repeats what they wrote to its folder
 RECORDED = "out_dir", "device", "windows", "layer", "channel"
-COMMANDS = {    # name: parts, help, options. A part takes the Subject and returns a Section
+COMMANDS = {    # name: parts, help, options. A part takes the Subject and may return a Section
     "report": ([lambda subject: curves([subject.args.out_dir]), neighbors, structure, circuit_map, usage,
-                patching],
+                patching, functools.partial(repeated, "mimic"), functools.partial(repeated, "redistribute"),
+                functools.partial(repeated, "isoflop")],
                "everything (the default)", (*RECORDED, "prompt", "template", "min_count")),
     "neighbors": ([neighbors], "the circuits nearest to those of a text", (*RECORDED, "prompt")),
     "map": ([structure, circuit_map], "circuits in the plane, and whether near ones mean alike", RECORDED),
@@ -1363,15 +1385,11 @@ def main(argv: list[str] | None = None) -> None:
         subject = args if args.command in ("redistribute", "curves", "isoflop") else Subject(args)
         for part in COMMANDS[args.command][0]:
             try:
-                sections.append(part(subject))
+                sections += filter(None, [part(subject)])
             except ValueError as error:
                 if args.command != "report":        # which goes on without a log, or facts
                     raise
                 sections.append(Section(f"Part {len(sections) + 1}: left out", f"{error}."))
-        if args.command == "report":
-            sections += [Section(**saved) for name in EXPERIMENTS
-                         if (file := path.with_name(f"{name}.json")).exists()
-                         for saved in json.loads(file.read_text(encoding="utf-8")).values()]
         for section in sections:
             section.print(14 if args.command == "report" else 10_000)
         args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,8 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.d_head % 2 or self.d_model % self.d_head:
             raise ValueError(f"d_head={self.d_head} must be even and divide d_model={self.d_model}")
+        if self.ffn != "sgatlin" and (self.softmax_gates or self.shared_pool):
+            raise ValueError(f"softmax_gates and shared_pool are for ffn=sgatlin, not for ffn={self.ffn}")
         if self.ffn in ("sgatlin", "peer"):
             product = self.ffn == "peer" or self.router.startswith("product")
             n = math.isqrt(self.n_experts)

@@ -554,6 +554,7 @@ def prepare(given: dict, device: str) -> Run:
             resume = "--resume continues it" if path.exists() else "it has no checkpoint yet"
             raise ValueError(f"{cfg.out_dir} holds a run: {resume}, --overwrite starts anew, "
                              "--out_dir=... puts this one elsewhere")
+    cfg.zero = given.get("zero", cfg.zero and dist.is_initialized())    # a checkpoint's own flag may yield
     if cfg.zero and not dist.is_initialized():
         raise ValueError("--zero shares AdamW's state among processes: start them with torchrun "
                          "--nproc_per_node=N train.py, or give --no-zero")
