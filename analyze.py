@@ -1,4 +1,4 @@
-"""Read the circuits of a trained sgatlin: what its gates say, what they cause (arXiv 2606.07414, section 4).
+"""Read the circuits of a trained sgatlin (arXiv 2606.07414, section 4), and compare it with other layers.
 
     python analyze.py                                         # all of it on out/: a summary, out/report.html
     python analyze.py neighbors --prompt "def __init__(self"  # the circuits most like those of a text
@@ -846,7 +846,7 @@ def window_losses(model: GPT, layer: int, windows: tuple[Tensor, Tensor], ffn: C
 def imitate(file: Path, kind: str, m: int, name: str) -> tuple[float, np.ndarray]:
     """Fits a student to one kind of the inputs that mimic saved in file. Returns what it leaves unexplained
     of those held out, and the losses (W,) with it in place of the layer."""
-    saved = torch.load(file, mmap=True)
+    saved = torch.load(file, mmap=True, weights_only=True)
     device = torch.device(saved["device"])
     x, y, held_x, held_y, *windows = (t.to(device) for t in (*saved[kind], *saved["windows"]))
     scale = (y - y.mean(0)).square().mean().sqrt()
@@ -1089,10 +1089,10 @@ def report_addition(args: argparse.Namespace, taken: dict[tuple, list[int]],
         "the true ones before it; then the output of the FFN, or of attention, is set to zero. Where much "
         "is right without the FFN, attention does much of the work. Chance is 0.1; to say 0 always gets "
         f"0.323, because o3 is 0 unless x > 992. Means ± standard deviations over {n} seeds. Paper: without "
-        "FFN and norm, arXiv 2605.09403, Figure 1 (its GLU is 170 wide). Departures from it: rotary "
-        "positions; no bias in attention; GELU where it has SiLU; GLU and experts are clamped SwiGLUs; the "
-        "weights of the chosen experts are not renormalised, so that the loss of the task trains the "
-        "router, and no other loss balances it. A frozen router keeps its random weights.",
+        "FFN and norm, arXiv 2605.09403, Figure 1 (its GLU is 170 wide). Departures from it: our "
+        "initialisation; rotary positions; no bias in attention; GELU where it has SiLU; GLU and experts are "
+        "clamped SwiGLUs; the weights of the chosen experts are not renormalised, so that the loss of the "
+        "task trains the router, and no other loss balances it. A frozen router keeps its random weights.",
         [*((f"Accuracy of output digits, {NORMS[norm]}", header, rows[norm]) for norm in NORMS),
          (f"Learned and frozen routers, accuracy without FFN: exact sign-flip test of {n} pairs, p is "
           f"{2 / 2**n:g} at least", ["model", "layer", "learned", "frozen", "difference", "p"], tests),

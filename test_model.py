@@ -894,6 +894,11 @@ def test_tokenizer_does_not_see_validation(tmp_path):
     assert text == (tmp_path / "out/tokenizer.tiktoken").read_text() and len(stories) == 100
 
 
+def test_batches_are_bounded_and_keep_everything():
+    texts = ["abcd", "e", "fghijklmn", "o"]
+    assert list(prepare_data.batches(iter(texts), 5)) == [["abcd", "e"], ["fghijklmn"], ["o"]]
+
+
 def test_two_runs_agree_on_any_number_of_cores(tmp_path, monkeypatch):
     numbered_stories(tmp_path / "a.txt")
     for cores in (1, 5):
