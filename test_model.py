@@ -1906,13 +1906,15 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     (["curves", "none"], "none/log.jsonl is missing", 1), (["usage", "--promt=x"], "unrecognized", 2),
     (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2),
     (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1),
+    (["softmax"], "has softmax_gates or shared_pool: circuits are read from raw", 1),
     (["mimic"], "has ffn=sgatlin, mimic needs an mlp: python train.py --ffn=mlp", 1)])
 def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
-    if argv[0] in ("dense", "moved"):
+    changes = dict(moved=("data", dict(fingerprint="other")), softmax=("config", dict(softmax_gates=True)))
+    if argv[0] in ("dense", *changes):
         dense_run(tmp_path, planted)
-        if argv[0] == "moved":
-            state = load_checkpoint(planted / "ckpt.pt")
-            state["data"] |= dict(fingerprint="other")
+        if argv[0] in changes:
+            state, (part, change) = load_checkpoint(planted / "ckpt.pt"), changes[argv[0]]
+            state[part] |= change
             save_checkpoint(tmp_path / "ckpt.pt", state)
         argv = ["usage", f"--out_dir={tmp_path}"]
     elif "nowhere" not in argv[-1] and argv[0] != "curves":

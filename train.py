@@ -586,9 +586,11 @@ def finish(run: Run) -> None:
                               generator=generator))
         out(f"trained for {clock(run.seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
     where = "" if run.cfg.out_dir == TrainConfig.out_dir else f" --out_dir={run.cfg.out_dir}"
-    analysis = {"sgatlin": f"analyze.py{where}", "mlp": f"analyze.py mimic{where}"}
+    analysis = {"sgatlin": where, "mlp": f" mimic{where}"}.get(run.cfg.ffn)
+    if analysis is None or run.cfg.softmax_gates or run.cfg.shared_pool:
+        analysis = f" curves {run.cfg.out_dir}"
     out(f"next:  python sample.py{where} --prompt \"def \"\n"
-        f"       python {analysis.get(run.cfg.ffn, f'analyze.py curves {run.cfg.out_dir}')}\n"
+        f"       python analyze.py{analysis}\n"
         f"       python train.py{where} --resume --steps={2 * run.cfg.steps}")
 
 
