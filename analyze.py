@@ -1323,7 +1323,7 @@ OPTIONS = {
     "channel": dict(type=int, help="(default: all together)"),
     "prompt": dict(help="text whose neighbours to find (default: a passage of the validation text)"),
     "template": dict(help="text with {} for the word that differs between prompts"),
-    "min_count": dict(type=int, default=10, help="occurrences that make a fact (default: 10)"),
+    "min_count": dict(type=int, default=5, help="occurrences that make a fact (default: 5)"),
     "teacher": dict(type=Path, help="folder of a run of --ffn=mlp (default: out_dir)"),
     "quick": dict(action="store_true", default=False, help="few, short trainings, to see that it works"),
 }

@@ -1561,7 +1561,7 @@ def planted(tmp_path_factory):
     (folder / "text").mkdir()
     (folder / "text/doc.txt").write_text("x")
     meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
-    for part, text in (("train", ".aA.fF.kK" * 12 + ".pA" * 9), ("val", letters + "a")):
+    for part, text in (("train", ".aA.fF.kK" * 6 + ".pA" * 4), ("val", letters + "a")):
         np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"]).tofile(folder / f"data/{part}.bin")
         meta[f"{part}_tokens"] = len(text)
     (folder / "data/meta.json").write_text(json.dumps(meta))
@@ -1626,7 +1626,7 @@ def test_planted_usage_and_coactivation(planted):
 def test_planted_patches_have_their_effects(planted):
     study = subject(planted, "patch", "--template=.{}")
     prefix, suffix, facts = analyze.find_facts(study, ".{}")
-    assert [tuple(fact) for fact in facts] == [(ord(word), ord(word) - 32, 12, 12) for word in "afk"]
+    assert [tuple(fact) for fact in facts] == [(ord(word), ord(word) - 32, 6, 6) for word in "afk"]
     assert (prefix, suffix) == ([ord(".")], [])
     section = analyze.patching(study)
     assert "own gates, which change 0 at most" in section.text
@@ -1902,7 +1902,7 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
     (["neighbors", "--prompt="], "has 0 tokens", 1), (["usage", "--layer=2"], "--layer goes from 0 to 1", 1),
     (["patch"], "give one with --template", 1), (["patch", "--template=abc"], "needs one {}", 1),
-    (["patch", "--template=q{}"], "has 0 facts with 10 occurrences", 1),
+    (["patch", "--template=q{}"], "has 0 facts with 5 occurrences", 1),
     (["curves", "none"], "none/log.jsonl is missing", 1), (["usage", "--promt=x"], "unrecognized", 2),
     (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2),
     (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1),
