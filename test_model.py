@@ -1319,6 +1319,17 @@ def fails(capsys, main, *args):
     return message
 
 
+@pytest.mark.parametrize("ffn, softmaxed, command", [
+    ("sgatlin", False, "analyze.py\n"), ("sgatlin", True, "analyze.py curves out\n"),
+    ("mlp", False, "analyze.py mimic\n"), ("moe", False, "analyze.py curves out\n")])
+def test_next_command_fits_the_layer(ffn, softmaxed, command):
+    cfg = argparse.Namespace(ffn=ffn, softmax_gates=softmaxed, shared_pool=False, out_dir="out", steps=5)
+    printed = []
+    processes = argparse.Namespace(rank=1, print=printed.append)        # rank 0 would print a sample first
+    train.finish(argparse.Namespace(cfg=cfg, processes=processes))
+    assert f"python {command}" in printed[0] and printed[0].endswith("python train.py --resume --steps=10")
+
+
 @pytest.mark.parametrize("args, message", [
     ("--stepss=3", "unrecognized arguments: --stepss=3"), ("--step=3", "unrecognized arguments: --step=3"),
     ("--steps=1e3", "argument --steps: invalid int value: '1e3'"), ("--steps=0", "steps=0 must be positive"),
