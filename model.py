@@ -117,14 +117,14 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + 1e-6) * scale, in float32; the output has autocast's dtype."""
+    """x / sqrt(mean(x**2) + 1e-6) * scale, in the dtype of scale (float32); the output has autocast's dtype."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.scale.shape, self.scale, eps=1e-6)
+        y = F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-6)
         kind = x.device.type
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
@@ -343,7 +343,7 @@ class MoE(nn.Module):
     @torch.compiler.disable  # the tokens of an expert are counted on the host
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])                                   # (N, D)
-        p, ids = self.gate(flat).float().softmax(dim=-1).topk(self.top_k)   # (N, k)
+        p, ids = self.gate(flat).to(self.w1.dtype).softmax(dim=-1).topk(self.top_k)     # (N, k)
         order = ids.flatten().argsort(stable=True)                          # (token, choice) pairs by expert
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
         y = torch.zeros_like(flat)
@@ -417,7 +417,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, self.rope[:, start:end], layer, cache)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(self.norm(x).float(), self.embedding.weight)      # (B, T, V)
+            logits = F.linear(self.norm(x).to(x.dtype), self.embedding.weight)      # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

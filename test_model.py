@@ -487,11 +487,12 @@ def test_every_parameter_learns(ffn):
 
 @pytest.mark.parametrize("ffn", FFN)
 def test_the_future_cannot_be_seen(ffn):
-    model, idx = tiny(ffn), tokens()
+    """In float64: another token changes how many tokens an expert gets, and thereby how matrices round."""
+    model, idx = tiny(ffn).double(), tokens()
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 50
-    a, b = model(idx)[0], model(changed)[0]
-    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
+    difference = (model(idx)[0] - model(changed)[0]).abs().amax((0, 2))        # (T,)
+    assert difference[:7].max() < 1e-6 and difference[7:].min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
