@@ -1310,6 +1310,22 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+@pytest.mark.parametrize("error, hint", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("The server socket has failed to listen on any local network address"), False),
+    (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("CppCompileError"), None), False),
+    (NotImplementedError("no such operator"), False), (ValueError("a bug in the loop"), False)])
+def test_bugs_keep_their_tracebacks(error, hint, data, tmp_path, monkeypatch):
+    def broken(step, cfg):
+        raise error
+
+    monkeypatch.setattr(train, "schedule", broken)
+    with pytest.raises(SystemExit if hint else type(error)) as stop:
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
+    assert not hint or "out of memory: lower --micro_batch_size" in stop.value.code
+
+
 def fails(capsys, main, *args):
     """The one line with which a program refuses, with exit code 2."""
     capsys.readouterr()
@@ -1370,8 +1386,6 @@ def edit(path, old, new):
 @pytest.mark.parametrize("damage, message", [
     (lambda d: truncate(d / "train.bin"), r"train.bin has \d+ bytes, not the \d+ of meta.json"),
     (lambda d: (d / "val.bin").unlink(), "val.bin is missing: python prepare_data.py"),
-    (lambda d: (d / "val.bin").write_bytes(b"\xff" * (d / "val.bin").stat().st_size),
-     "token 65535, beyond vocab_size=300"),
     (lambda d: truncate(d / "tokenizer.tiktoken"), "not, or not both, what prepare_data.py made"),
     (lambda d: truncate(d / "meta.json"), "not, or not both, what prepare_data.py made"),
     (lambda d: edit(d / "meta.json", ": 300", ": 600"), "not, or not both, what prepare_data.py made")])
@@ -1380,6 +1394,13 @@ def test_damaged_data_is_one_line(damage, message, data, tmp_path, capsys):
     damage(folder)
     assert re.search(message, fails(capsys, train.main, *SMALL, f"--data_dir={folder}",
                                     f"--out_dir={tmp_path}/out"))
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "val.bin").write_bytes(b"\xff" * (folder / "val.bin").stat().st_size)
+    with pytest.raises(ValueError, match="token 65535, beyond vocab_size=300"):
+        run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=3")
 
 
 def change(out_dir, **changes):

@@ -609,7 +609,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)      # AdamW's moments of unused neurons become denormals, slow on CPUs
     torch.set_float32_matmul_precision("high")
     try:
-        run = prepare(given, device)
+        try:        # a mistake of the user is one line; what goes wrong later keeps its traceback
+            run = prepare(given, device)
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"train.py: {error}\n")
         run.report()
         resumed = given.get("resume", False)
         start_log(run, resumed)
@@ -622,12 +625,8 @@ def main(argv: list[str] | None = None) -> None:
             run.processes.print(f"stopped and saved at step {run.step}; to continue: "
                                 f"python train.py --out_dir={run.cfg.out_dir} --resume")
             raise SystemExit(130)
-    except ValueError as error:
-        parser.exit(2, f"train.py: {error}\n")
-    except OSError as error:
-        raise SystemExit(f"train.py: {error}") from None
-    except (MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the sizes of "
                          "the model") from None
