@@ -1259,6 +1259,14 @@ def test_sharded_state_is_half_and_changes_nothing(two, tmp_path):
     assert [len(entry["versions"]) for entry in log(tmp_path / "sharded-22", "resume")] == [4, 4]
 
 
+def test_only_torchrun_makes_several_processes(data, trained, tmp_path, monkeypatch):
+    """What a cluster or another program leaves in the environment does not cut the batch."""
+    for name, value in dict(WORLD_SIZE="4", RANK="1", LOCAL_RANK="3").items():
+        monkeypatch.setenv(name, value)
+    run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0")
+    assert_same_state(tmp_path, trained)
+
+
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     first = run(tmp_path / "first", *SMALL, f"--data_dir={data}", "--steps=7", "--eval_interval=3",

@@ -151,13 +151,14 @@ class Processes:
     """The processes of this run (one, or those torchrun started) and this one's place among them."""
 
     def __init__(self, device: str):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device)
+        self.rank, self.world, self.device = 0, 1, torch.device(device)
+        launched = dist.is_torchelastic_launched()      # by torchrun: nothing else in the environment counts
         if device == "cuda":
-            self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device(device, dist.get_node_local_rank() if launched else 0)
             torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
+        if launched:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """The sum of each value over the processes, in float64."""
