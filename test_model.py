@@ -1404,6 +1404,21 @@ def test_damaged_data_is_one_line(damage, message, data, tmp_path, capsys):
                                     f"--out_dir={tmp_path}/out"))
 
 
+def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch):
+    folder, schedule = shutil.copytree(data, tmp_path / "data"), train.schedule
+
+    def replaces_the_data(step, cfg):
+        if step == 5:
+            prepare_data.prepare([str(ROOT / "train.py")], folder, "bytes")
+        return schedule(step, cfg)
+
+    monkeypatch.setattr(train, "schedule", replaces_the_data)
+    run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=20", "--eval_interval=10",
+        "--decay_fraction=0")
+    assert json.loads((folder / "meta.json").read_text())["tokenizer"] == "bytes"
+    assert_same_state(tmp_path / "out", trained)
+
+
 def test_a_token_beyond_the_vocabulary_is_an_error(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "val.bin").write_bytes(b"\xff" * (folder / "val.bin").stat().st_size)

@@ -187,8 +187,10 @@ class Data:
             ranks, pat_str = (self.folder / "tokenizer.tiktoken").read_text(), self.meta["pat_str"]
             self.tokenizer = dict(ranks=ranks, pat_str=pat_str)
             self.encoding = prepare_data.load_tokenizer(ranks, pat_str)
-            sizes = {part: ((self.folder / f"{part}.bin").stat().st_size, self.meta[f"{part}_tokens"])
-                     for part in ("train", "val")}
+            # kept open: prepare_data.py may replace them by others during the run
+            self.files = {part: open(self.folder / f"{part}.bin", "rb") for part in ("train", "val")}
+            sizes = {part: (os.fstat(file.fileno()).st_size, self.meta[f"{part}_tokens"])
+                     for part, file in self.files.items()}
             item = np.dtype(self.meta["dtype"]).itemsize
             if (self.encoding.n_vocab != self.meta["vocab_size"]
                     or {"fingerprint", "val_bytes"} - self.meta.keys()):
@@ -208,8 +210,8 @@ class Data:
 
     def windows(self, part: str, starts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(starts), T) int64 each, of the windows that begin at these tokens."""
-        # opened anew each time: a long-lived map would count all the pages it has touched as memory in use
-        tokens = np.memmap(self.folder / f"{part}.bin", dtype=self.meta["dtype"], mode="r")
+        # mapped anew each time: a long-lived map would count all the pages it has touched as memory in use
+        tokens = np.memmap(self.files[part], dtype=self.meta["dtype"], mode="r")
         rows = np.stack([tokens[s:s + self.cfg.block_size + 1] for s in starts]).astype(np.int64)
         if rows.max() >= self.cfg.vocab_size:
             raise ValueError(f"{self.folder / part}.bin holds token {rows.max()}, beyond "
