@@ -1419,6 +1419,13 @@ def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch)
     assert_same_state(tmp_path / "out", trained)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 0), FP32), ((7, 5), FP32), ((8, 0), BF16), ((12, 0), BF16)])
+def test_bfloat16_only_where_a_gpu_has_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert train.choose(train.TrainConfig(), torch.device("cuda"))[0] == dtype
+
+
 def test_a_token_beyond_the_vocabulary_is_an_error(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "val.bin").write_bytes(b"\xff" * (folder / "val.bin").stat().st_size)

@@ -295,7 +295,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 def choose(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, bool, list[str]]:
     """The dtype of the matmuls, whether to compile, and the lines that say what runs and why."""
     cuda = device.type == "cuda"
-    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    has_bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)      # older ones emulate it
     dtype, why = torch.float32, "bfloat16 pays on GPUs that have it"
     if has_bf16:
         dtype, why = torch.bfloat16, "the GPU has it"
