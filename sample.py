@@ -98,7 +98,6 @@ def read_prompt(prompt: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         model, encoding = load_model(args.out_dir / "ckpt.pt", device)
@@ -121,4 +120,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     main()

@@ -1179,7 +1179,7 @@ def trained(data, tmp_path_factory):
 
 def test_prepare_train_interrupt_resume_sample(tmp_path):
     """What a newcomer does, through the command line; the interrupted run equals one that was left alone."""
-    data, out = tmp_path / "data", tmp_path / "out"
+    data, out = tmp_path / "data", tmp_path / "out\u00e9"       # which an ASCII terminal cannot show
     finished(start("prepare_data.py", ROOT / "train.py", ROOT / "model.py", "--vocab_size=300",
                    f"--out_dir={data}"))
     args = [*SMALL, f"--data_dir={data}", "--steps=120", "--eval_interval=50", "--learning_rate=5e-3"]
@@ -1191,8 +1191,8 @@ def test_prepare_train_interrupt_resume_sample(tmp_path):
     assert load(out)["step"] == int(stopped[1]) < 120
     with open(out / "log.jsonl", "a") as file:
         file.write('{"event": "step", "step": 77}\n{"event": "st')         # what a kill can leave behind
-    printed = finished(start("train.py", "--resume", f"--out_dir={out}"))
-    assert "A sample:" in printed and f"next:  python sample.py --out_dir={out}" in printed
+    printed = finished(start("train.py", "--resume", f"--out_dir={out}", PYTHONIOENCODING="ascii"))
+    assert "A sample:" in printed and f"next:  python sample.py --out_dir={tmp_path}/out?" in printed
     assert_same_state(out, run(tmp_path / "whole", *args))
     assert [entry["step"] for entry in log(out, "step")] == list(range(1, 121))
     evals = log(out, "eval")

@@ -26,6 +26,7 @@ import platform
 import re
 import shutil
 import signal
+import sys
 import time
 import typing
 from dataclasses import dataclass
@@ -641,4 +642,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     main()
