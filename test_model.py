@@ -1277,6 +1277,35 @@ def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypatch):
+    schedule = train.schedule
+
+    def signalled(step, cfg):
+        if step == 13:
+            os.kill(os.getpid(), number)
+        return schedule(step, cfg)
+
+    monkeypatch.setattr(train, "schedule", signalled)
+    args = [*SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0"]
+    with pytest.raises(SystemExit):
+        run(tmp_path, *args)
+    assert load(tmp_path)["step"] == 14
+    monkeypatch.undo()
+    run(tmp_path, "--resume")
+    assert_same_state(tmp_path, trained)
+
+
+def test_nohup_outlives_its_terminal(data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(train, "schedule", lambda step, cfg: os.kill(os.getpid(), signal.SIGHUP) or 0.0)
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_kill_at_any_moment_leaves_a_checkpoint(data, trained, tmp_path):
     """Each step saves, so that some of the kills come while a file is written."""
     args = [*SMALL, f"--data_dir={data}", "--steps=1000", "--decay_fraction=0", "--eval_interval=1"]

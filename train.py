@@ -502,10 +502,11 @@ def start_log(run: Run, resumed: bool) -> None:
 
 @contextlib.contextmanager
 def signals_noted() -> typing.Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM stop nothing: they are added to the list."""
+    """Within it SIGINT, SIGTERM and SIGHUP (a closed terminal) stop nothing: they are added to the list."""
     told = []
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # Windows has no SIGHUP
     before = {number: signal.signal(number, lambda number, _: told.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
         yield told
     finally:
