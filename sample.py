@@ -91,7 +91,8 @@ def read_prompt(prompt: str | None) -> str:
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
+        with open(prompt[5:], encoding="utf-8-sig", newline="") as file:     # as prepare_data.py reads it
+            return file.read()
     except UnicodeDecodeError:
         raise ValueError(f"{prompt}: the file is not UTF-8 text") from None
 

@@ -1576,6 +1576,11 @@ def test_prompt_may_end_within_a_token(trained):
         assert "".join(pieces).encode() == best[len(last):]
 
 
+def test_prompt_file_is_read_as_it_was_trained_on(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\ufeffone\r\ntwo\u00e9\n".encode())
+    assert sample.read_prompt(f"FILE:{tmp_path}/x.txt") == "one\r\ntwo\u00e9\n"
+
+
 def test_stream_ends_at_endoftext_and_prints_whole_characters():
     ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
     encoding = prepare_data.load_tokenizer(ranks, prepare_data.PATTERN)
