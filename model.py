@@ -257,6 +257,9 @@ class SparselyGatedLinear(nn.Module):
     shared_pool undo two of its changes to PEER.
     """
 
+    settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation", "softmax_gates",
+                "shared_pool")
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.act = ACTIVATION[cfg.activation]
@@ -286,6 +289,8 @@ class SparselyGatedLinear(nn.Module):
 class PEER(nn.Module):
     """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (arXiv 2407.04153)."""
 
+    settings = "n_channels", "n_experts", "top_k", "d_key"
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.router = Router(cfg, "product_key")
@@ -313,6 +318,8 @@ def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
 
 
 class SwiGLU(nn.Module):
+    settings = ("d_ff",)
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         D, F_ = cfg.d_model, cfg.d_ff
@@ -331,6 +338,8 @@ class MoE(nn.Module):
 
     Each expert runs on its own tokens only. No load-balancing loss, as in the paper's baseline.
     """
+
+    settings = "n_experts", "top_k", "d_ff"
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -360,6 +369,8 @@ class MoE(nn.Module):
 
 class MLP(nn.Module):
     """gelu(x @ W1) @ W2, the tanh form of gelu."""
+
+    settings = ("d_ff",)
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()

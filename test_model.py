@@ -1396,7 +1396,7 @@ def test_next_command_fits_the_layer(ffn, softmaxed, command):
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
-    ("--resume --overwrite", "give one"), ("--zero", "start them with torchrun"),
+    ("--resume --overwrite", "give one"), ("--no-fused", "unrecognized arguments"), ("--zero", "start them with torchrun"),
     ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
 def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
@@ -1498,6 +1498,15 @@ def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
     assert steps == int(4e7 // (3 * 4 * 32 * per_token)) if ffn == "mlp" else steps > 0
     sample.main([f"--out_dir={tmp_path}", "--prompt=def ", "--max_new_tokens=3"])
     assert re.search(r"\[[0-3] tokens, \d+ tok/s\]\n$", capsys.readouterr().out)
+
+
+def test_settings_of_other_layers_are_named(monkeypatch):
+    given = dict(d_ff=5, top_k=2, router="key", d_model=32)
+    assert train.idle_settings(given, "mlp") == ["top_k", "router"]
+    assert train.idle_settings(given, "moe") == ["router"]
+    assert train.idle_settings(given, "sgatlin") == ["d_ff"]
+    monkeypatch.setitem(FFN, "new", torch.nn.Linear)                # a layer that does not say what it uses
+    assert train.idle_settings(given, "new") == []
 
 
 def test_data_order_is_a_function_of_seed_and_step(data):

@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 import prepare_data
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import FFN, GPT, GPTConfig, load_checkpoint, save_checkpoint
 from sample import stream
 
 
@@ -69,7 +69,6 @@ class TrainConfig(GPTConfig):
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 on GPUs
     compile: bool = True            # run the model through torch.compile
-    fused: bool = True              # AdamW as one kernel
     zero: bool = False              # shard AdamW's state, by whole tensors, over the processes of torchrun
 
     def __post_init__(self):
@@ -91,7 +90,7 @@ class TrainConfig(GPTConfig):
 CPU_PRESET = dict(block_size=256, d_model=128, batch_size=8, micro_batch_size=8, steps=1100, warmup_steps=50,
                   learning_rate=6e-3, eval_interval=100, eval_sequences=64, compile=False)
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
-             "log_interval", "device", "dtype", "compile", "fused", "zero"}  # may change in a resumed run
+             "log_interval", "device", "dtype", "compile", "zero"}  # may change in a resumed run
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -133,10 +132,16 @@ def make_config(given: dict, device: str) -> TrainConfig:
     return TrainConfig(**(preset | ladder | given))
 
 
+def idle_settings(given: dict, ffn: str) -> list[str]:
+    """Of the settings given, those of other feedforward layers, which change nothing in this one."""
+    used = getattr(FFN[ffn], "settings", given)
+    others = set().union(*(getattr(layer, "settings", ()) for layer in FFN.values()))
+    return [name for name in given if name in others and name not in used]
+
+
 def resume_config(given: dict, saved: dict) -> TrainConfig:
     """The settings of the checkpoint with those given that may change. Raises ValueError for the others."""
-    if unknown := saved.keys() - TrainConfig.__dataclass_fields__.keys():
-        raise ValueError("the checkpoint is of a train.py with other settings: " + ", ".join(sorted(unknown)))
+    saved = {name: value for name, value in saved.items() if name in TrainConfig.__dataclass_fields__}
     saved = dataclasses.asdict(TrainConfig()) | saved   # a setting newer than the checkpoint has its default
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
@@ -287,7 +292,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
     AdamW = ShardedAdamW if cfg.zero else torch.optim.AdamW
-    return AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=cfg.fused)
+    return AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -579,7 +584,9 @@ def prepare(given: dict, device: str) -> Run:
     if cfg.vocab_size < data.meta["vocab_size"]:
         raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the {data.meta['vocab_size']} of "
                          f"{cfg.data_dir}")
-    return Run(cfg, processes, data, saved)
+    run = Run(cfg, processes, data, saved)
+    run.setup += [f"note     --{name} changes nothing with ffn={cfg.ffn}" for name in idle_settings(given, cfg.ffn)]
+    return run
 
 
 def finish(run: Run) -> None:
