@@ -6,9 +6,12 @@
     python prepare_data.py notes.md books 'logs/*.jsonl.gz'    # your own text
 
 A document is a file, a line of a .jsonl file (key "text"), or what stands between <|endoftext|> lines in a
-text file. Equal documents are kept once, each in train.bin or val.bin as a whole. The .bin files are raw
+text file. Equal documents are kept once, in train.bin or in val.bin. The .bin files are raw
 little-endian token ids, uint16 (uint32 if the vocabulary is above 65536), with <|endoftext|> after every
 document. The same text gives the same bytes, whatever the machine and its number of cores.
+
+About 5 % of the bytes are for validation: the documents with the lowest hashes, so the choice depends on
+nothing but the text. A document that is too large for that, such as a single one, gives its end.
 """
 import argparse
 import base64
@@ -190,11 +193,39 @@ def read_documents(path):
         raise OSError(f"cannot read {path}: {error}") from None
 
 
+def choose_parts(sizes, val_fraction):
+    """Split documents of these sizes in bytes, lowest hash first: a list of "train", "val" or "cut".
+
+    Validation gets the first documents until it has about val_fraction of their bytes. A document so large
+    that either part would be less than it is cut instead and gives val_fraction of itself. So the whole is
+    off by less than half of what was asked for. Of fewer than 5 bytes nothing is cut.
+    """
+    total = sum(sizes)
+    largest = max(4, min(val_fraction, 1 - val_fraction) * total)
+    parts = ["cut" if size > largest else "train" for size in sizes]
+    whole = [i for i, part in enumerate(parts) if part == "train"]
+    reached = np.cumsum([0] + [sizes[i] for i in whole])
+    n_val = int(np.abs(reached - val_fraction * reached[-1]).argmin())
+    if "cut" not in parts:  # neither part may be empty
+        n_val = max(1, min(n_val, len(whole) - 1))
+    for i in whole[:n_val]:
+        parts[i] = "val"
+    return parts
+
+
+def cut_end(text, val_fraction):
+    """A text without its end, and the end: about val_fraction of its bytes, each at least a character."""
+    data = text.encode()
+    n_train = len(data) - max(1, round(val_fraction * len(data)))
+    beginning = data[:n_train].decode("utf-8", "ignore") or text[0]  # "ignore": no half characters
+    return beginning, text[len(beginning):]
+
+
 class Corpus:
     """Which files are text and which part each document belongs to; the text is read again in every pass.
 
     Files that are not text and repeated documents are left out. Validation is TinyStories-valid.txt if it is
-    there, else the documents with the lowest hashes: a choice that depends on nothing but the text.
+    there, else what choose_parts says.
     """
 
     def __init__(self, files, val_fraction):
@@ -219,25 +250,25 @@ class Corpus:
                 if path in validation:
                     n_validation = len(digests)
             kept = np.unique(np.array(digests), return_index=True)[1]  # the first of each, lowest hash first
-            phase.note = f"{len(digests)} documents in {len(self.files)} files" + (
-                ": the end of the only one is for validation" if len(kept) == 1 else "")
-        n_val = min(max(1, round(val_fraction * len(kept))), len(kept) - 1)
+            phase.note = f"{len(digests)} documents in {len(self.files)} files"
         self.part = np.full(len(digests), "", "<U5")  # in reading order; "" is a duplicate
-        self.part[kept] = "train"
-        self.part[kept[kept < n_validation] if n_validation else kept[:max(n_val, 0)]] = "val"
+        if n_validation:
+            self.part[kept] = np.where(kept < n_validation, "val", "train")
+        elif len(kept):
+            self.part[kept] = choose_parts(np.array(sizes)[kept].tolist(), val_fraction)
         self.n_bytes = int(np.array(sizes)[kept].sum())  # UTF-8, without duplicates
         self.skipped = len(files) - len(self.files)
-        if "train" not in self.part:
-            raise ValueError(f"no text to train on in {len(files)} files, {self.skipped} of them not UTF-8")
+        if "cut" not in self.part and not {"train", "val"} <= set(self.part):
+            raise ValueError(f"too little text for training and validation: {self.n_bytes} bytes "
+                             f"in {len(files)} files, {self.skipped} of them not UTF-8")
 
     def documents(self, wanted):
-        """The texts of one part, "train" or "val", in reading order; val is the end of a single document."""
-        single = np.count_nonzero(self.part) == 1
+        """The texts of one part, "train" or "val", in reading order."""
         texts = (text for path in self.files for text in read_documents(path))
         for part, text in zip(self.part.tolist(), texts, strict=True):  # strict: no file may change
-            if part and single:
-                cut = len(text) - min(max(1, round(len(text) * self.val_fraction)), len(text) - 1)
-                yield text[:cut] if wanted == "train" else text[cut:]
+            if part == "cut":
+                beginning, end = cut_end(text, self.val_fraction)
+                yield beginning if wanted == "train" else end
             elif part == wanted:
                 yield text
 

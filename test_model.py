@@ -876,7 +876,8 @@ def test_no_document_is_in_both_parts_and_none_is_lost(tmp_path):
     meta = prepare_data.prepare([str(tmp_path / "*.txt")], tmp_path / "out", vocab_size=300,
                                 val_fraction=0.1)
     train, val = (part_text(tmp_path / "out", part).split("<|endoftext|>")[:-1] for part in ("train", "val"))
-    assert (len(train), len(val)) == (90, 10) == (meta["train_docs"], meta["val_docs"])
+    assert (len(train), len(val)) == (meta["train_docs"], meta["val_docs"])
+    assert meta["val_bytes"] == pytest.approx(0.1 * len("".join(stories)), abs=len(max(stories, key=len)) / 2)
     assert sorted(train + val) == sorted(stories)
     assert (meta["skipped"], meta["duplicates"]) == (1, 1)
     assert meta["train_bytes"] == len("".join(train)) and meta["val_bytes"] == len("".join(val))
@@ -908,6 +909,42 @@ def test_two_runs_agree_on_any_number_of_cores(tmp_path, monkeypatch):
     assert sorted(files_of(tmp_path / "out1")) == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
     other = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out1", vocab_size=301)
     assert other["fingerprint"] != json.loads((tmp_path / "out5/meta.json").read_text())["fingerprint"]
+
+
+def numbers(first, size):
+    """A text of about `size` bytes in which every line is another."""
+    return "".join(f"line {i}\n" for i in range(first, first + size // 12))
+
+
+BOOK = numbers(10**6, 105_000)
+NOTES = [f"{i} note" for i in range(1000)]
+
+
+@pytest.mark.parametrize("val_fraction", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("texts", [
+    [STORY], [BOOK], ["ab€de"], ["a note  \n", BOOK], [BOOK, numbers(0, 50_000)], [BOOK, STORY, NOTES[1]],
+    [*NOTES, BOOK * 20], [*NOTES, BOOK, numbers(0, 3_000)], [numbers(1000 * i, 2000) for i in range(100)],
+    [numbers(1000 * i, 2000) for i in range(12)], [numbers(0, 2**i) for i in range(5, 20)], list("abcdefgh"),
+    ["a" * 50_000 + "語" * 3_000],
+], ids=range(13))
+def test_split_is_by_bytes_and_loses_nothing(tmp_path, texts, val_fraction):
+    seen = []
+    for order in (texts, texts[::-1]):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in order)
+        (tmp_path / f"{len(seen)}.jsonl").write_text(lines)
+        prepare_data.prepare([str(tmp_path / f"{len(seen)}.jsonl")], tmp_path / "out", "bytes",
+                             val_fraction=val_fraction)
+        seen.append([part_text(tmp_path / "out", part).split("<|endoftext|>")[:-1]
+                     for part in ("train", "val")])
+    assert sorted(seen[0][0]) == sorted(seen[1][0]) and sorted(seen[0][1]) == sorted(seen[1][1])
+    train, val = seen[0]
+    whole = [text for text in train + val if text in texts]
+    cut = [text for text in texts if text not in whole]
+    assert not set(train) & set(val) and all(train) and all(val) and train and val
+    assert len(train) + len(val) == len(texts) + len(cut)
+    assert all(any(a + b == text for a in train for b in val) for text in cut)
+    total, n_val = len("".join(texts).encode()), len("".join(val).encode())
+    assert abs(n_val - val_fraction * total) <= max(4, min(val_fraction, 1 - val_fraction) * total / 2)
 
 
 def test_single_document_is_cut(tmp_path):
@@ -967,7 +1004,7 @@ OFFLINE = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": "nowhere"}
 @pytest.mark.parametrize("args, code, message", [
     (["nothing.txt"], 1, "nothing.txt: no such file"),
     (["*.rst"], 1, "no such file, folder or match"),
-    (["empty.txt"], 1, "no text to train on in 1 files, 0 of them not UTF-8"),
+    (["empty.txt"], 1, "too little text for training and validation: 0 bytes in 1 files"),
     (["binary.txt"], 1, "1 of them not UTF-8"),
     (["emptydir"], 1, "no .txt, .md, .py or .jsonl files"),
     (["bad.jsonl"], 1, 'bad.jsonl, line 2: not a JSON object with a string "text"'),
@@ -1003,7 +1040,7 @@ def test_command_line_says_what_is_next(tmp_path):
     assert code == 0 and err == "" and "\r" not in out
     assert out.endswith("wrote data/my tale; next: python train.py --data_dir='data/my tale'\n")
     assert (tmp_path / "data/my tale/meta.json").exists()
-    assert "1 documents in 1 files: the end of the only" in out
+    assert "1 documents in 1 files" in out
     assert "replaced data/my tale" in command(tmp_path, "my tale.v2.txt", "--vocab_size=260")[1]
 
 
