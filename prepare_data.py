@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import os
+import random
 import shlex
 import sys
 import sysconfig
@@ -50,7 +51,11 @@ EOT = "<|endoftext|>"
 # a letter. The bound of 128 keeps tiktoken's regex engine within its stack on long runs of blanks.
 PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+(?:\s{1,128}(?!\S))?"
            r"|[\r\n]++(?:\s{1,128}(?!\S))?|\s{1,128}(?!\S)|\s")
-BPE_BYTES = 40_000_000  # a larger corpus trains its BPE on about this much of it
+# The BPE is trained on a sample of at most about SAMPLE_BYTES. Its memory goes by the different words
+# together, of which the trainer takes about 60 times as much: they are bounded as well.
+SAMPLE_BYTES = 40_000_000
+WORD_BYTES = 8_000_000
+PIECE = 4096  # characters: a sample of less than everything is made of such pieces
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -77,6 +82,11 @@ class Phase:
             self.shown = time.monotonic()
             share = f"{self.done / self.total:.0%}" if self.total else f"{self.done / 1e6:.1f} MB"
             print(f"\r{self.name}{share:>8}", end="", flush=True)
+
+    def over(self, texts):
+        for text in texts:
+            yield text
+            self.advance(len(text.encode()))
 
     def __enter__(self):
         return self
@@ -257,6 +267,9 @@ class Corpus:
         elif len(kept):
             self.part[kept] = choose_parts(np.array(sizes)[kept].tolist(), val_fraction)
         self.n_bytes = int(np.array(sizes)[kept].sum())  # UTF-8, without duplicates
+        sizes = np.array(sizes)
+        self.train_bytes = int(sizes[self.part == "train"].sum()
+                               + (1 - val_fraction) * sizes[self.part == "cut"].sum())
         self.skipped = len(files) - len(self.files)
         if "cut" not in self.part and not {"train", "val"} <= set(self.part):
             raise ValueError(f"too little text for training and validation: {self.n_bytes} bytes "
@@ -353,6 +366,52 @@ def load_tokenizer(ranks, pat_str):
     return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
+def draw_pieces(texts, share):
+    """The texts if share is at least 1, else pieces of them, each drawn with that probability."""
+    if share >= 1:
+        yield from texts
+        return
+    random_numbers = random.Random(0)
+    for text in texts:
+        for start in range(0, len(text), PIECE):
+            if random_numbers.random() < share:
+                yield text[start:start + PIECE]
+
+
+def count_words(texts, pattern, max_bytes):
+    """{word: count} in the order of first occurrence, or None if the words together exceed max_bytes."""
+    counts, word_bytes = {}, 0
+    for text in texts:
+        for match in pattern.finditer(text):
+            word = match.group()
+            if word in counts:
+                counts[word] += 1
+                continue
+            counts[word] = 1
+            word_bytes += len(word.encode())
+            if word_bytes > max_bytes:
+                return None
+    return counts
+
+
+def sample_words(corpus, pat_str):
+    """Count the words of the training text, or of a sample: ({word: count}, the sample's share).
+
+    Text without blanks, such as Chinese, has hardly a word twice: the sample is halved until its words fit.
+    """
+    pattern = regex.compile(pat_str)
+    share = min(1, SAMPLE_BYTES / corpus.train_bytes)
+    with Phase("count words") as phase:
+        while True:
+            texts = draw_pieces(corpus.documents("train"), share)
+            counts = count_words(phase.over(texts), pattern, WORD_BYTES)
+            if counts is not None:
+                break
+            share /= 2
+        phase.note = f"{len(counts)} different" + (f", in a sample of {share:.1%}" if share < 1 else "")
+    return counts, share
+
+
 def make_tokenizer(kind, corpus, vocab_size):
     """The text of tokenizer.tiktoken and the pre-tokenisation pattern for a tokenizer bpe, gpt2 or bytes."""
     pat_str, ranks = PATTERN, {bytes([byte]): byte for byte in range(256)}
@@ -364,17 +423,12 @@ def make_tokenizer(kind, corpus, vocab_size):
                           f"or use --tokenizer bpe ({error})") from None
         pat_str, ranks = gpt2._pat_str, gpt2._mergeable_ranks
     elif kind == "bpe":
-        every = max(1, round(corpus.n_bytes / BPE_BYTES))
-        counts, pattern = collections.Counter(), regex.compile(pat_str)
-        with Phase("count words", corpus.n_bytes / every) as phase:
-            for text in itertools.islice(corpus.documents("train"), 0, None, every):
-                counts.update(map(regex.Match.group, pattern.finditer(text[:BPE_BYTES])))
-                phase.advance(len(text))
-            phase.note = f"{len(counts)} different" + (f", in one of {every} documents" if every > 1 else "")
+        counts, share = sample_words(corpus, pat_str)
         with Phase("merge pairs"):
             ranks = train_bpe(counts, vocab_size - 1)
         if len(ranks) < vocab_size - 1:
-            raise ValueError(f"vocab_size {vocab_size}: the text supports at most {len(ranks) + 1}")
+            sample = "text" if share >= 1 else f"sample of {share:.1%} of the text"
+            raise ValueError(f"vocab_size {vocab_size}: the {sample} supports at most {len(ranks) + 1}")
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), pat_str
 
 

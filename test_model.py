@@ -895,6 +895,38 @@ def test_tokenizer_does_not_see_validation(tmp_path):
     assert text == (tmp_path / "out/tokenizer.tiktoken").read_text() and len(stories) == 100
 
 
+def test_sample_is_drawn_from_all_documents_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(prepare_data, "PIECE", 200)
+    rng = random.Random(4)
+    first, second = (["".join(rng.choices(letters, k=5)) for _ in range(300)] for letters in ("abc", "xyz"))
+    (tmp_path / "a.txt").write_text("A licence.")  # the first document is small
+    (tmp_path / "b.txt").write_text(" ".join(rng.choices(first, k=100_000)))
+    stories = (" ".join(rng.choices(second, k=20)) for _ in range(2000))
+    (tmp_path / "c.txt").write_text("\n<|endoftext|>\n".join(stories))
+    files = prepare_data.find_files(str(tmp_path), False)
+    counts, share = prepare_data.sample_words(prepare_data.Corpus(files, 0.05), prepare_data.PATTERN)
+    assert share == pytest.approx(100_000 / (0.95 * 840_000), rel=0.01)
+    n_bytes = sum(len(word) * count for word, count in counts.items())
+    n_second = sum(6 * counts.get(" " + word, 0) for word in set(second))
+    assert n_bytes == pytest.approx(100_000, rel=0.2) and n_second == pytest.approx(n_bytes * 2 / 7, rel=0.2)
+    meta = prepare_data.prepare([str(tmp_path)], tmp_path / "out", vocab_size=700)
+    assert meta["vocab_size"] == 700
+    with pytest.raises(ValueError, match="vocab_size 9999: the sample of 12.* supports at most"):
+        prepare_data.prepare([str(tmp_path)], tmp_path / "out", vocab_size=9999)
+
+
+def test_words_of_the_sample_are_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "WORD_BYTES", 30_000)
+    monkeypatch.setattr(prepare_data, "PIECE", 100)
+    rng = random.Random(5)
+    text = "".join(chr(rng.randrange(0x4E00, 0x9F00)) + "。" * (rng.random() < 0.1) for _ in range(60_000))
+    (tmp_path / "a.txt").write_text(text)  # 200 kB, and no word of it twice
+    corpus = prepare_data.Corpus([tmp_path / "a.txt"], 0.05)
+    counts, share = prepare_data.sample_words(corpus, prepare_data.PATTERN)
+    assert share == 1 / 8 and 10_000 < sum(len(word.encode()) for word in counts) <= 30_000
+
+
 def test_batches_are_bounded_and_keep_everything():
     texts = ["abcd", "e", "fghijklmn", "o"]
     assert list(prepare_data.batches(iter(texts), 5)) == [["abcd", "e"], ["fghijklmn"], ["o"]]
