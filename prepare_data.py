@@ -16,6 +16,7 @@ nothing but the text. A document that is too large for that, such as a single on
 import argparse
 import base64
 import collections
+import contextlib
 import glob
 import hashlib
 import heapq
@@ -27,9 +28,10 @@ import json
 import os
 import random
 import shlex
+import shutil
+import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import tokenize
 import urllib.error
@@ -41,6 +43,11 @@ from pathlib import Path
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None
 
 DATA = Path("data")
 EOT = "<|endoftext|>"
@@ -467,6 +474,30 @@ def write_bin(corpus, part, tokenizer, path, dtype, sha):
     return dict(counts)
 
 
+@contextlib.contextmanager
+def workspace(out_dir):
+    """A folder in out_dir for unfinished files, removed at the end; a killed run leaves it to the next one.
+
+    Raises OSError if out_dir cannot be written, or another run that is not over writes to it.
+    """
+    is_new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = out_dir / ".unfinished"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # the system unlocks it when a process ends, however it ends
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another prepare_data.py is writing to {out_dir}: wait for its end") from None
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if is_new and not any(out_dir.iterdir()):
+                out_dir.rmdir()
+
+
 def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.05, site_packages=False):
     """Make the data set of the sources (as on the command line) in out_dir; returns what meta.json holds.
 
@@ -480,15 +511,14 @@ def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.0
         raise ValueError(f"val_fraction {val_fraction}: give a number between 0 and 1")
     if site_packages and "python" not in sources:
         raise ValueError("site_packages goes with the source python")
-    corpus = Corpus([path for source in sources for path in find_files(source, site_packages)], val_fraction)
-    ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
-    encoding = load_tokenizer(ranks_text, pat_str)
-    dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
-    sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as folder:
-        temp = Path(folder)
+    with workspace(out_dir) as temp:  # first: if it cannot be, nothing has been read in vain
+        files = [path for source in sources for path in find_files(source, site_packages)]
+        corpus = Corpus(files, val_fraction)
+        ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
+        encoding = load_tokenizer(ranks_text, pat_str)
+        dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
+        sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
         try:
             counts = write_bin(corpus, "train", encoding, temp / "train.bin", dtype, sha)
             counts |= write_bin(corpus, "val", encoding, temp / "val.bin", dtype, sha)
@@ -505,6 +535,14 @@ def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.0
         for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
             os.replace(temp / name, out_dir / name)
     return meta
+
+
+def interrupt_on_signals():
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that unfinished files go."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored, and stays so
+            signal.signal(number, signal.default_int_handler)
 
 
 def main():
@@ -527,6 +565,7 @@ def main():
     out_dir = args.out_dir or DATA / (plain.resolve().name.split(".")[0] or "text")
     replaces = Path(out_dir, "meta.json").exists()
     vocab_size = 8192 if args.vocab_size is None else args.vocab_size
+    interrupt_on_signals()
     try:
         meta = prepare(sources, out_dir, args.tokenizer, vocab_size, args.val_fraction, args.site_packages)
     except (ValueError, OSError) as error:

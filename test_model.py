@@ -1024,6 +1024,45 @@ def test_full_disk_leaves_the_old_data(tmp_path, monkeypatch):
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.fixture
+def stuck(tmp_path):
+    """Starts a prepare_data.py that hangs while it writes into out, with a file half done."""
+    os.mkfifo(tmp_path / "never.txt")
+    running = []
+
+    def start():
+        running.append(subprocess.Popen([sys.executable, SCRIPT, "never.txt", "--out_dir=out"], cwd=tmp_path,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        assert running[0].stdout.read(4) == "read"
+        (tmp_path / "out/.unfinished/train.bin").write_bytes(b"half")
+        return running[0]
+    yield start
+    running[0].kill()
+    running[0].wait()
+
+
+def test_killed_run_leaves_nothing_for_good(tmp_path, stuck):
+    (tmp_path / "a.txt").write_text(STORY * 20)
+    process = stuck()
+    arguments = ["a.txt", "--out_dir=out", "--tokenizer=bytes"]
+    code, _, err = command(tmp_path, *arguments)  # while it runs, its files are its own
+    assert code == 1 and "another prepare_data.py is writing to out" in err and err.count("\n") == 1
+    assert (tmp_path / "out/.unfinished/train.bin").read_bytes() == b"half"
+    process.kill()
+    process.wait()
+    assert command(tmp_path, *arguments)[0] == 0
+    assert sorted(files_of(tmp_path / "out")) == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_tidy_up(tmp_path, stuck, name):
+    process = stuck()
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "\nprepare_data: interrupted\n"
+    assert not (tmp_path / "out").exists()
+
+
 def command(folder, *args, **env):
     done = subprocess.run([sys.executable, SCRIPT, *args], cwd=folder, env={**os.environ, **env},
                           capture_output=True, text=True)
