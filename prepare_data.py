@@ -62,6 +62,7 @@ PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+(
 # together, of which the trainer takes about 60 times as much: they are bounded as well.
 SAMPLE_BYTES = 40_000_000
 WORD_BYTES = 8_000_000
+BYTES = {bytes([byte]): byte for byte in range(256)}  # the ranks that every BPE starts from
 PIECE = 4096  # characters: a sample of less than everything is made of such pieces
 
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
@@ -248,6 +249,9 @@ class Corpus:
     def __init__(self, files, val_fraction):
         """Reads everything once. Raises ValueError if there is nothing to train on."""
         validation = [path for path in files if path.match("tinystories/TinyStories-valid.txt")]
+        if validation and val_fraction is not None:
+            raise ValueError(f"val_fraction {val_fraction}: {validation[0]} is the validation text")
+        val_fraction = 0.05 if val_fraction is None else val_fraction
         files = list(dict.fromkeys(validation + files))  # first: of equal documents the first stays
         digests, sizes, n_validation = array("Q"), array("Q"), 0
         self.files, self.val_fraction = [], val_fraction
@@ -419,24 +423,25 @@ def sample_words(corpus, pat_str):
     return counts, share
 
 
-def make_tokenizer(kind, corpus, vocab_size):
-    """The text of tokenizer.tiktoken and the pre-tokenisation pattern for a tokenizer bpe, gpt2 or bytes."""
-    pat_str, ranks = PATTERN, {bytes([byte]): byte for byte in range(256)}
-    if kind == "gpt2":
-        try:
-            gpt2 = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:
-            raise OSError("cannot get the gpt2 tokenizer: set TIKTOKEN_CACHE_DIR to a folder that has it, "
-                          f"or use --tokenizer bpe ({error})") from None
-        pat_str, ranks = gpt2._pat_str, gpt2._mergeable_ranks
-    elif kind == "bpe":
-        counts, share = sample_words(corpus, pat_str)
-        with Phase("merge pairs"):
-            ranks = train_bpe(counts, vocab_size - 1)
-        if len(ranks) < vocab_size - 1:
-            sample = "text" if share >= 1 else f"sample of {share:.1%} of the text"
-            raise ValueError(f"vocab_size {vocab_size}: the {sample} supports at most {len(ranks) + 1}")
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()), pat_str
+def get_gpt2():
+    """The {token bytes: rank} and the pre-tokenisation pattern of GPT-2. Raises OSError if out of reach."""
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        raise OSError("cannot get the gpt2 tokenizer: set TIKTOKEN_CACHE_DIR to a folder that has it, "
+                      f"or use --tokenizer bpe ({error})") from None
+    return gpt2._mergeable_ranks, gpt2._pat_str
+
+
+def learn_bpe(corpus, vocab_size):
+    """The {token bytes: rank} of a BPE trained on the training text. Raises ValueError if it has too few."""
+    counts, share = sample_words(corpus, PATTERN)
+    with Phase("merge pairs"):
+        ranks = train_bpe(counts, vocab_size - 1)
+    if len(ranks) < vocab_size - 1:
+        sample = "text" if share == 1 else f"sample of {share:.1%} of the text"
+        raise ValueError(f"vocab_size {vocab_size}: the {sample} supports at most {len(ranks) + 1}")
+    return ranks
 
 
 def batches(texts, n_characters=2**23):
@@ -498,7 +503,7 @@ def workspace(out_dir):
                 out_dir.rmdir()
 
 
-def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.05, site_packages=False):
+def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=None, site_packages=False):
     """Make the data set of the sources (as on the command line) in out_dir; returns what meta.json holds.
 
     vocab_size counts <|endoftext|> and is for bpe alone. The files are made in a folder of their own and
@@ -507,15 +512,19 @@ def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=0.0
     """
     if tokenizer == "bpe" and vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and <|endoftext|> take 257")
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction {val_fraction}: give a number between 0 and 1")
     if site_packages and "python" not in sources:
         raise ValueError("site_packages goes with the source python")
     out_dir = Path(out_dir)
     with workspace(out_dir) as temp:  # first: if it cannot be, nothing has been read in vain
+        ranks, pat_str = get_gpt2() if tokenizer == "gpt2" else (BYTES, PATTERN)
         files = [path for source in sources for path in find_files(source, site_packages)]
         corpus = Corpus(files, val_fraction)
-        ranks_text, pat_str = make_tokenizer(tokenizer, corpus, vocab_size)
+        if tokenizer == "bpe":
+            ranks = learn_bpe(corpus, vocab_size)
+        lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        ranks_text = "".join(lines)
         encoding = load_tokenizer(ranks_text, pat_str)
         dtype = "<u2" if encoding.n_vocab <= 65536 else "<u4"
         sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
@@ -554,8 +563,8 @@ def main():
     parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe", help="default: bpe")
     parser.add_argument("--vocab_size", type=int, help="of the bpe, <|endoftext|> included; default: 8192")
     parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
-    parser.add_argument("--val_fraction", type=float, default=0.05,
-                        help="default: 0.05; not for tinystories")
+    parser.add_argument("--val_fraction", type=float,
+                        help="default: 0.05 of the bytes; not for tinystories, which has a file for it")
     parser.add_argument("--site_packages", action="store_true", help="python: the installed packages too")
     args = parser.parse_intermixed_args()
     if args.vocab_size is not None and args.tokenizer != "bpe":
@@ -566,6 +575,7 @@ def main():
     replaces = Path(out_dir, "meta.json").exists()
     vocab_size = 8192 if args.vocab_size is None else args.vocab_size
     interrupt_on_signals()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have letters that it lacks
     try:
         meta = prepare(sources, out_dir, args.tokenizer, vocab_size, args.val_fraction, args.site_packages)
     except (ValueError, OSError) as error:

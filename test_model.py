@@ -1086,6 +1086,9 @@ OFFLINE = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": "nowhere"}
     (["a.txt", "--site_packages"], 1, "site_packages goes with the source python"),
     (["a.txt", "--vocab_size=260", "--out_dir=empty.txt"], 1, "File exists: 'empty.txt'"),
     (["a.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR"),
+    (["never.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR"),  # before a file is read
+    (["never.txt", "--out_dir=a.txt/b"], 1, "Not a directory: 'a.txt/b'"),
+    (["tinystories", "--val_fraction=0.1"], 1, "TinyStories-valid.txt is the validation text"),
     (["shakespeare"], 1, "save it by hand as data/shakespeare/input.txt"),
     (["a.txt", "--vocab_size=300", "--tokenizer=bytes"], 2, "--vocab_size is for the bpe"),
     (["a.txt", "--vocabsize=300"], 2, "--vocabsize"),
@@ -1100,6 +1103,10 @@ def test_error_is_one_line(tmp_path, args, code, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
     (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"hello" * 1000)[:-9])
     (tmp_path / "emptydir").mkdir()
+    os.mkfifo(tmp_path / "never.txt")  # who reads it hangs
+    (tmp_path / "data/tinystories").mkdir(parents=True)
+    for part in ("train", "valid"):
+        (tmp_path / f"data/tinystories/TinyStories-{part}.txt").write_text(STORY)
     got, out, err = command(tmp_path, *args, **OFFLINE)
     assert got == code and message in err and err.startswith("prepare_data: ") and err.count("\n") == 1, err
     assert not list(tmp_path.glob("data/*/*.bin"))
@@ -1113,6 +1120,26 @@ def test_command_line_says_what_is_next(tmp_path):
     assert (tmp_path / "data/my tale/meta.json").exists()
     assert "1 documents in 1 files" in out
     assert "replaced data/my tale" in command(tmp_path, "my tale.v2.txt", "--vocab_size=260")[1]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_any_terminal_can_show_the_output(tmp_path, encoding):
+    name = os.fsdecode("naïve 日本\udcff".encode("utf-8", "surrogateescape"))
+    (tmp_path / f"{name}.txt").write_text(STORY * 3)
+    done = subprocess.run([sys.executable, SCRIPT, f"{name}.txt", "--tokenizer=bytes"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+    assert sorted(files_of(tmp_path / "data" / name))[0] == "meta.json"
+
+
+def test_open_files_stay_as_they_were(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 3)
+    (tmp_path / "b.txt").write_text("Another text. " * 30)
+    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
+    held = np.memmap(tmp_path / "out/train.bin", "<u2", "r")
+    before = held.copy()
+    prepare_data.prepare([str(tmp_path / "b.txt")], tmp_path / "out", "bytes")
+    assert np.array_equal(held, before) and part_text(tmp_path / "out", "train")[:7] == "Another"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
