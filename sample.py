@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,8 +21,15 @@ from model import load_model, stream
 from prepare_data import load_tokenizer, open_text
 
 
+def fail(message: object) -> NoReturn:
+    """Ends the program with one line: the mistake is the user's."""
+    print(f"sample.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail         # argparse's own prints the names of all settings first
     parser.add_argument("--prompt", help="text to continue, or FILE:path")
     parser.add_argument("--out_dir", type=Path, default=Path("out"),
                         help="folder of the run (default: out)")
@@ -79,8 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         encoding = load_tokenizer(**state["tokenizer"])
         prompt = read_prompt(args.prompt)
     except (OSError, ValueError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     for i in range(args.num_samples):
         if args.num_samples > 1:

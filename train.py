@@ -124,6 +124,7 @@ def parse_args(argv: list[str] | None) -> dict:
     """The settings that the command line gives. The help is the comments of the config classes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
+    parser.error = fail         # argparse's own prints the names of all settings first
     comments = {}
     for cls in (GPTConfig, TrainConfig):
         comments |= dict(re.findall(r"^    (\w+): .*?# ?(.*)$", inspect.getsource(cls), re.M))
@@ -193,7 +194,7 @@ def settle(given: dict, device: torch.device, world: int) -> tuple[TrainConfig, 
             raise ValueError(f"{folder} holds a run: --resume continues it, --overwrite starts "
                              "anew, --out_dir=... puts this one elsewhere")
         if not cfg.overwrite and (folder / "log.jsonl").exists():
-            raise ValueError(f"{folder} holds a run that has no checkpoint yet: --overwrite starts "
+            raise ValueError(f"{folder} holds a run: it has no checkpoint yet, --overwrite starts "
                              "anew, --out_dir=... puts this one elsewhere")
     if cfg.shard and not dist.is_initialized():
         raise ValueError("--shard cuts the model over several processes: start them with torchrun "
