@@ -14,8 +14,7 @@ Three implementations behind each name; backend() says which one tensors get, by
     torch       any device: F.embedding_bag is gather_sum, and its per-sample-weight gradient is gather_dot
     triton      CUDA, float32 and bfloat16: own kernels (on CPU tensors only in tests, by TRITON_INTERPRET=1)
 
-    python kernels.py                             check them against the reference and time them
-    python kernels.py --checkpoint out/ckpt.pt    also: what the kernels meet in a trained router
+    python kernels.py       check them against the reference and time them
 
 Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top-k,
 J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
@@ -27,7 +26,6 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Optional
 from unittest import mock
 
@@ -625,44 +623,8 @@ def gather_bandwidth(device: str) -> None:
         print(f"{size:10}{speeds[0]:12.0f}{speeds[1]:12.0f}", flush=True)
 
 
-@torch.no_grad()
-def routing(path: Path, device: str) -> None:
-    """M2: would a kernel pay that reads the n rows of a sub-key together? Prints for each layer how many
-    sub-keys the k picks of a token and channel have (least: the smaller of first and second), how uneven the
-    loads of neurons and of sub-keys are, and what share of all picks the 64 busiest neurons get.
-    """
-    from model import GPT, load_checkpoint
-    from train import Data, TrainConfig
-    state = load_checkpoint(path)
-    cfg = TrainConfig(**state["config"])
-    C, n = cfg.n_channels, math.isqrt(cfg.n_experts)
-    if cfg.ffn != "sgatlin" or not cfg.router.startswith("product"):
-        raise SystemExit(f"kernels: {path} has no product keys: ffn={cfg.ffn}, router={cfg.router}")
-    model, data, seen = GPT(cfg).to(device), Data(cfg), [[] for _ in range(cfg.n_layer)]
-    model.load_state_dict(state["model"])
-    for picks, block in zip(seen, model.blocks):
-        block.ffn.router.register_forward_hook(lambda module, args, out, picks=picks: picks.append(out[1]))
-    windows, _ = data.windows("val", data.val_batch(), device)          # (B, T)
-    for part in windows.split(8):
-        model(part.to(device))
-    print(f"\nrouting of {windows.numel()} validation tokens, C={C}, E={n} x {n}, k={cfg.top_k}\n"
-          "layer    different sub-keys     max / mean load     busiest\n"
-          "        first second  least  neuron  first second        64")
-    for number, picks in enumerate(seen):
-        ids = torch.cat(picks)                                  # (N, C, k)
-        first, second = (1.0 + half.sort().values.diff().ne(0).sum(-1) for half in (ids // n, ids % n))
-        rows = ids + torch.arange(0, C * n * n, n * n, device=device)[:, None]
-        load = rows.flatten().bincount(minlength=C * n * n).double().view(C, n, n)
-        values = [first.mean(), second.mean(), first.minimum(second).mean(),
-                  *(part.max() / part.mean() for part in (load, load.sum(2), load.sum(1)))]
-        share = load.flatten().topk(64).values.sum() / load.sum()
-        print(f"{number:<6}" + "".join(f"{value:7.2f}" for value in values) + f"{share:10.1%}", flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check the kernels against the reference, then time them.")
-    parser.add_argument("--checkpoint", type=Path, help="of train.py: also print how its routers choose")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description="Check the kernels against the reference, then time them.").parse_args()
     sys.modules["kernels"] = sys.modules[__name__]      # model.py imports this file, which runs already
     from model import GPTConfig
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -686,8 +648,6 @@ def main() -> None:
     else:
         benchmark(4096, 256, 8, 32, 8, 1024, copy, device=device, dtype=torch.float32)
         print("skipped, for torch sees no CUDA device: the full-size tables and the gather bandwidth")
-    if args.checkpoint:
-        routing(args.checkpoint, device)
 
 
 if __name__ == "__main__":
