@@ -338,8 +338,8 @@ def backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
         return "torch", f"the device is {device}"
     if triton is None:
         return "torch", "triton is not installed"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "torch", f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
+        return "torch", f"{torch.cuda.get_device_name()} is older than compute capability 7.5"
     if dtype not in (torch.float32, torch.bfloat16):
         return "torch", f"the Triton kernels take float32 and bfloat16, not {str(dtype)[6:]}"
     return "triton", f"{torch.cuda.get_device_name()}, triton {triton.__version__}"

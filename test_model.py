@@ -769,7 +769,9 @@ def test_backend_gives_a_reason(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("the Triton kernels take float32 and bfloat16, not float64\n")
     kernels._runs_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 8.0")
+    assert kernels.backend("cuda")[0] == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 7.5")
     monkeypatch.setattr(kernels, "triton", None)
     assert kernels.backend("cuda") == ("torch", "triton is not installed")
 
