@@ -44,7 +44,8 @@ except ImportError:     # Windows, macOS: the kernels below are defined all the 
 #
 # Everywhere: floats are float64, float32 or bfloat16, and may differ; the result has the wider
 # dtype, and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
-# impl is "torch" or "triton", None for the one that backend() names.
+# impl is "torch" or "triton", None for the one that backend() names. What the names in _op do
+# is registered in part 4.
 
 ByRow = tuple[Tensor, Tensor]       # what transpose_index returns
 
@@ -325,7 +326,8 @@ def sort_key(x, position):
     """An integer that is larger for a larger x and, between equals, for a lower position (16 bits).
 
     An integer because GPUs have an instruction for its maximum over a warp: for sm_90 and 128
-    scores, product_topk_kernel compiles to COUNTS, and with tl.max(return_indices=True) to 1300.
+    scores, product_topk_kernel compiles to 440 instructions in bfloat16 and 840 in float32, and
+    with tl.max(..., return_indices=True) in its place to 1300 in both.
     """
     # The bits of a float, those of a negative one flipped but for the sign, order as the floats do.
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -390,7 +392,7 @@ def product_topk_kernel(scores, gates, ids, n, K: tl.constexpr, KP: tl.constexpr
 
 @jit
 def product_topk_grad_kernel(grad, ids, out, n, K: tl.constexpr, NP: tl.constexpr):
-    """out[m, 0, i] = sum of grad[m, s] over ids[m, s] // n == i; out[m, 1, j] over ids[m, s] % n == j
+    """out[m, 0, i] = sum of grad[m, s] where ids[m, s] // n == i, out[m, 1, j] where % n == j
     PyTorch: zeros(N, C, n).scatter_add_(-1, ids // n, grad), and the same with ids % n
 
     One program owns one token and channel m. Moves P ids and gradients, N*C*2n results.
@@ -445,7 +447,7 @@ def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -
     tokens = order // coef.shape[1]                             # (P,)
     coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
     borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
-    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row that a border cuts
+    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row that a border cuts or ends
     stops = torch.minimum(borders + SPLIT, row_end)
     partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
     return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
@@ -700,7 +702,7 @@ def swiglu(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None:
     """Prints the table of one shape: the layer behind its router, a SwiGLU of d_ff, and the top-k.
 
-    kind is device and dtype. The rows of a layer end with the bandwidth at which it gathers.
+    kind is device and dtype. gather GB/s: the rows that a forward pass reads, by its time.
     """
     t = random_layer(N, D, C, n, k, **kind)
     inputs = [t["x"], t["gates"], t["w_in"], t["w_out"]]
@@ -711,8 +713,8 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
     # name, function, gradient of its result, inputs with a gradient, other arguments
     rows = [("reference", layer, t["dy"], inputs, t["index"], "reference"),
             ("torch", layer, t["dy"], inputs, t["index"], "torch")]
+    compiled = torch.compile(layer, dynamic=False)
     if own:
-        compiled = torch.compile(layer, dynamic=False)
         rows += [("reference compiled", compiled, t["dy"], inputs, t["index"], "reference"),
                  ("triton", layer, t["dy"], inputs, t["index"], "triton")]
     rows += [(f"SwiGLU {d_ff}", swiglu, t["dy"], [t["x"], up, down])]
@@ -723,24 +725,24 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
     gathered = 2 * t["index"].numel() * t["x"][0].nbytes        # bytes in a forward pass
     print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(t['x'].dtype)[6:]}: forward gathers "
           f"{gathered / 1e9:.1f} GB from tables of {2 * t['w_in'].nbytes / 1e6:.0f} MB\n"
-          "                     forward ms   +backward ms   speed   MB on GPU   gather GB/s")
+          "                     forward ms   +backward ms   speed   gather GB/s",
+          "  extra MB" if own else "")
     for name, fn, dy, inputs, *rest in rows:
+        if name.endswith("reference"):
+            baseline = math.nan
         try:
             with torch.no_grad():
                 forward = median_ms(fn, *inputs, *rest)
             both = median_ms(gradients, fn, dy, inputs, *rest)
         except torch.OutOfMemoryError:
             print(f"{name:21}out of memory", flush=True)
-            forward = both = math.nan
+            continue
         if name.endswith("reference"):
             baseline = both
         line = f"{name:21}{forward:10.2f}{both:15.2f}{baseline / both:7.1f}x"
-        if dy.is_cuda and both == both:
-            line += f"{gpu_memory(gradients, fn, dy, inputs, *rest) / 1e6:12.0f}"
-        else:
-            line += " " * 12
-        if fn is not swiglu and fn is not topk_gates:
-            line += f"{gathered / forward / 1e6:14.0f}"
+        line += f"{gathered / forward / 1e6:14.0f}" if fn in (layer, compiled) else " " * 14
+        if own:
+            line += f"{gpu_memory(gradients, fn, dy, inputs, *rest) / 1e6:11.0f}"
         print(line.rstrip(), flush=True)
 
 
