@@ -447,7 +447,7 @@ def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -
     tokens = order // coef.shape[1]                             # (P,)
     coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
     borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
-    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row that a border cuts or ends
+    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
     stops = torch.minimum(borders + SPLIT, row_end)
     partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
     return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
