@@ -392,10 +392,10 @@ def test_kernels_equal_the_reference(index, dtype, tolerance):
         t["index"] = torch.full_like(t["index"], 11)
     elif index == "repeated":
         t["index"][:, 1::2] = t["index"][:, ::2]
-    operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    ours = kernels.gradients(lambda *a: kernels.layer(*a, t["index"]), t["dy"], *operands)
-    truth = kernels.gradients(lambda *a: kernels.layer_reference(*a, t["index"]), t["dy"].double(),
-                              *(o.double() for o in operands))
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    wide = [tensor.double() for tensor in inputs]
+    ours = kernels.gradients(kernels.layer, t["dy"], inputs, t["index"])
+    truth = kernels.gradients(kernels.layer, t["dy"].double(), wide, t["index"], "reference")
     for a, b in zip(ours, truth):
         assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm()
     unused = torch.ones(len(t["w_in"]), dtype=torch.bool)
@@ -411,7 +411,8 @@ def test_primitives_gradcheck(by_row):
     x, weight, coef = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
                        for shape in ((4, 3), (6, 3), (4, 5)))
     assert torch.autograd.gradcheck(lambda x, w: kernels.gather_dot(x, w, index, rows), (x, weight))
-    assert torch.autograd.gradcheck(lambda c, w: kernels.gather_sum(c, w, index, rows), (coef, weight))
+    assert torch.autograd.gradcheck(lambda c, w: kernels.gather_sum(c, w, index, rows),
+                                    (coef, weight))
     scores = torch.randn(3, 2, 2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: kernels.product_topk(s, 4)[0], (scores,))
 
@@ -433,7 +434,8 @@ def test_product_keys_are_full_keys(n, k):
         expected, _ = kernels.product_topk_reference(s, k)
         ids = ids.long()
         assert torch.equal(gates, expected)
-        assert torch.equal(gates, s[..., 0, :].gather(-1, ids // n) + s[..., 1, :].gather(-1, ids % n))
+        first, second = s[..., 0, :], s[..., 1, :]
+        assert torch.equal(gates, first.gather(-1, ids // n) + second.gather(-1, ids % n))
         assert ids.sort(-1).values.diff(dim=-1).min() > 0 if k > 1 else True
 
 
@@ -449,15 +451,24 @@ def test_ties_go_to_the_lower_position_and_nan_stays_in_range():
         assert ids.min() >= 0 and ids.max() < 36
 
 
-def test_no_gathered_copy_is_made():
+def peak_bytes(folder, fn, *args):
+    """The most memory that fn holds at a time on the CPU, from all allocations in a profile."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fn(*args)
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in memory))
+
+
+def test_no_gathered_copy_is_made(tmp_path):
     t = layer_tensors(N=512, D=64, C=4, n=8, k=6)
-    operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    peak, reference = (
-        kernels.peak_bytes(lambda: kernels.gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands),
-                           "cpu")
-        for layer in (kernels.layer, kernels.layer_reference))
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
     N, J, D, R = 512, 24, 64, 256
-    assert peak < 4 * (4 * N * D + 4 * R * D + 12 * N * J) < 4 * N * J * D < reference
+    allowed = 4 * (4 * N * D + 4 * R * D + 12 * N * J)
+    gathered = 4 * N * J * D
+    args = (tmp_path, kernels.gradients, kernels.layer, t["dy"], inputs, t["index"])
+    assert peak_bytes(*args) < allowed < gathered < peak_bytes(*args, "reference")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -591,11 +602,12 @@ def test_cache_equals_the_full_forward():
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SIZES = dict(D=(16, 48, 80), k=(1, 3, 8), C=(1, 2), n=(3, 5, 11), N=(1, 7),
-             types=((FP32, FP32), (BF16, BF16), (BF16, FP32)), picks=("random", "one row", "repeated"))
+             types=((FP32, FP32), (BF16, BF16), (BF16, FP32)),
+             picks=("random", "one row", "repeated"))
 
 
 def covering(sizes):
-    """A few of all combinations with k <= n, in which any two values of any two sizes meet (greedy)."""
+    """A few of all combinations with k <= n, where any two values of any two sizes meet."""
     k, n = (list(sizes).index(name) for name in "kn")
     meetings = {case: set(itertools.combinations(enumerate(case), 2))
                 for case in itertools.product(*sizes.values()) if case[k] <= case[n]}
@@ -608,10 +620,10 @@ def covering(sizes):
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """The kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
+    """Kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
     if kernels.triton is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(kernels, "_runs_triton", lambda *key: True)
+    monkeypatch.setattr(kernels, "backend", lambda *key: ("triton", "a test"))
     monkeypatch.setattr(kernels, "SPLIT", 6)
     one = torch.ones(1, 1, device=DEVICE)
     try:
@@ -635,12 +647,15 @@ def agree(ours, truth, dtype):
 def test_triton_equals_the_reference(on_triton, D, k, C, n, N, types, picks):
     (dtype, table_dtype), R, J = types, C * n * n, C * k
     index = torch.randint(0, R, (N, J), dtype=torch.int32)
-    if picks != "random":
-        index = torch.full_like(index, R // 2) if picks == "one row" else index[:1, :1] // 2 + index % 2
+    if picks == "one row":
+        index = torch.full_like(index, R // 2)
+    elif picks == "repeated":
+        index = index[:1, :1] // 2 + index % 2
     flat = index.flatten().long()
     unused = flat.bincount(minlength=R) == 0
     x, coef = torch.randn(D, N).to(dtype).T, torch.randn(N, 1).to(dtype).expand(N, J)  # strided
-    weight = torch.randn(R, D).to(table_dtype).masked_fill(unused[:, None], float("nan"))  # nobody may read
+    weight = torch.randn(R, D).to(table_dtype)
+    weight[unused] = float("nan")       # nobody may read these
     rows, pairs = weight.double()[index.long()], coef.double()[..., None] * x.double()[:, None]
     a, c, w, i = (t.to(DEVICE) for t in (x, coef, weight, index))
     agree(kernels.gather_dot(a, w, i), (x.double()[:, None] * rows).sum(-1), table_dtype)
@@ -648,26 +663,29 @@ def test_triton_equals_the_reference(on_triton, D, k, C, n, N, types, picks):
     by_row = kernels.transpose_index(i, R)
     grads = [kernels.table_grad_triton(c, a, *by_row) for _ in range(2)]
     agree(grads[0], torch.zeros(R, D).double().index_add_(0, flat, pairs.flatten(0, 1)), dtype)
-    assert torch.equal(*grads) and not grads[0].cpu()[unused].any()     # the same bits again; exactly zero
+    assert torch.equal(*grads) and not grads[0].cpu()[unused].any()     # same bits; exactly zero
 
 
 def test_triton_gradients_of_a_layer(on_triton, monkeypatch):
-    launched, launch = [], kernels.launch
-    monkeypatch.setattr(kernels, "launch",
-                        lambda kernel, *args: launch(launched.append(kernel) or kernel, *args))
-    t = kernels.random_layer(30, 48, 2, 3, 3, device=DEVICE, dtype=FP32)    # about 10 pairs in a row
-    dy, index, operands = t["dy"], t["index"], [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    ours = kernels.gradients(lambda *a: kernels.layer(*a, index), dy, *operands)
-    truth = kernels.gradients(lambda *a: kernels.layer_reference(*a, index.cpu()),
-                              *(o.double().cpu() for o in (dy, *operands)))
+    launched = collections.Counter()
+    launch = kernels.launch
+
+    def count(kernel, *args):
+        launched[kernel] += 1
+        launch(kernel, *args)
+
+    monkeypatch.setattr(kernels, "launch", count)
+    t = kernels.random_layer(30, 48, 2, 3, 3, device=DEVICE, dtype=FP32)    # 10 pairs in a row
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    wide = [tensor.double() for tensor in inputs]
+    ours = kernels.gradients(kernels.layer, t["dy"], inputs, t["index"])
+    truth = kernels.gradients(kernels.layer, t["dy"].double(), wide, t["index"], "reference")
     for a, b in zip(ours, truth):
-        agree(a, b, FP32)
-    kernels.gradients(lambda s: kernels.product_topk(s, 3)[0], t["gates"].view(30, 2, 3), t["scores"])
-    assert [launched.count(kernel) for kernel in (kernels.gather_dot_kernel, kernels.segment_sum_kernel,
-                                                  kernels.product_topk_kernel,
-                                                  kernels.product_topk_grad_kernel)
-            ] == [2, 6, 2, 1]       # every operation took its kernels
-    nothing = kernels.transpose_index(index[:0], 18)
+        agree(a, b.cpu(), FP32)
+    kernels.gradients(kernels.topk_gates, t["gates"].view(30, 2, 3), [t["scores"]], 3)
+    assert launched == {kernels.gather_dot_kernel: 2, kernels.segment_sum_kernel: 6,
+                        kernels.product_topk_kernel: 2, kernels.product_topk_grad_kernel: 1}
+    nothing = kernels.transpose_index(t["index"][:0], 18)
     assert not kernels.table_grad_triton(t["gates"][:0], t["x"][:0], *nothing).any()
 
 
@@ -681,9 +699,10 @@ def stable_topk(scores, k):
 
 
 @pytest.mark.parametrize("dtype, k, C, n, N", [
-    *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}), (BF16, 16, 1, 131, 1)])
+    *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}),
+    (BF16, 16, 1, 131, 1)])
 def test_triton_topk(on_triton, dtype, k, C, n, N):
-    # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter does not round as a GPU does.
+    # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter rounds otherwise.
     eighths = torch.randint(-63, 64, (N, C, 2, n)) / 8
     for scores in [eighths] + [torch.randn(N, C, 2, n)] * (dtype == FP32 or DEVICE == "cuda"):
         scores = scores.to(dtype)
@@ -699,57 +718,64 @@ def test_triton_topk(on_triton, dtype, k, C, n, N):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_triton_topk_of_any_scores_is_in_range(on_triton, dtype):
     nan, inf = float("nan"), float("inf")
-    scores = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])[torch.randint(0, 7, (4, 1, 2, 11))]
+    values = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])
+    scores = values[torch.randint(0, 7, (4, 1, 2, 11))]
     scores[2:] = torch.tensor([nan, -inf])[:, None, None, None]
     ids = kernels.product_topk(scores.to(DEVICE, dtype), 8)[1].cpu()
     assert ids.min() >= 0 and ids.max() < 121 and ids.sort().values.diff().all()
 
 
-def compiled_kernels(T, D):
-    """(kernel, pointers, constants) as the launchers pass them; other arguments are 32-bit integers."""
+def compiled_kernels(T, D, everything):
+    """(kernel, pointers, constants) as they are launched; other arguments are 32-bit integers."""
     row = dict(coef=T, index="*i32", table=T, out=T)
     tile = dict(D=D, PAIRS=kernels.SUM_PAIRS, COLS=kernels.SUM_COLS, SPLIT=kernels.SPLIT)
     yield (kernels.gather_dot_kernel, dict(x=T, weight=T, index="*i32", out=T),
            dict(D=D, SLOTS=kernels.DOT_SLOTS, COLS=min(D, kernels.DOT_COLS)))
-    if D in (128, 768, 1024):
-        yield kernels.segment_sum_kernel, row | dict(starts="*i64", ends="*i64"), tile | dict(partial=None)
-        yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
-    if D == 128:
-        yield kernels.product_topk_kernel, dict(scores=T, gates=T, ids="*i32"), dict(K=8, KP=8, NP=128)
+    yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
+    if everything:
+        bounds = dict(starts="*i64", ends="*i64")
+        yield kernels.segment_sum_kernel, row | bounds, tile | dict(partial=None)
+        scores = dict(scores=T, gates=T, ids="*i32")
+        yield kernels.product_topk_kernel, scores, dict(K=8, KP=8, NP=128)
         yield kernels.product_topk_grad_kernel, dict(grad=T, ids="*i32", out=T), dict(K=8, NP=128)
 
 
-def resources(kernel, pointers, constants, arch):
-    """Registers, spilled bytes and shared bytes."""
+def spilled(kernel, pointers, constants, target):
+    """How many bytes (NVIDIA) or registers (AMD) the compiled kernel spills to memory."""
     triton, names = kernels.triton, kernel.arg_names
-    source = triton.compiler.ASTSource(
-        kernel, {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "ends"})
-    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=1, enable_fp_fusion=True))
+    signature = dict.fromkeys(names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]]
+               for name in pointers if name != "ends"}
+    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, values, aligned),
+                              target=target, options=dict(num_warps=1, enable_fp_fusion=True))
+    if target.backend == "hip":
+        return sum(map(int, re.findall(r"gpr_spill_count: +(\d+)", compiled.asm["amdgcn"])))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups())
-    return registers, stack + local, compiled.metadata.shared
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    return sum(map(int, re.search(r"STACK:(\d+).* LOCAL:(\d+)", usage).groups()))
 
 
 def compile_all():
-    for T, D, arch in itertools.product(("*bf16", "*fp32"), (128, 256, 512, 768, 1024), (80, 90)):
-        for kernel, *arguments in compiled_kernels(T, D):
-            registers, spilled, shared = resources(kernel, *arguments, arch)
-            print(f"{kernel.fn.__name__:25}{T[1:]} D={D:<5}sm_{arch}", registers, "registers,", spilled,
-                  "bytes spilled,", shared, "shared", flush=True)
-            assert not spilled
+    GPUTarget = kernels.triton.backends.compiler.GPUTarget
+    cuda = [GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100, 120)]
+    hip = [GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32)]
+    sizes = [(target, 768) for target in cuda + hip] + [(cuda[2], 128), (cuda[2], 1024)]
+    for (target, D), T in itertools.product(sizes, ("*bf16", "*fp32")):
+        for kernel, *arguments in compiled_kernels(T, D, D == 768):
+            count = spilled(kernel, *arguments, target)
+            print(f"{kernel.fn.__name__:25}{T[1:]} D={D:<5}{target.arch}: {count} spilled")
+            assert not count
 
 
-def test_triton_compiles_without_spills():      # in a process of its own, in which Triton does not interpret
-    if kernels.triton is None or "nvidia" not in kernels.triton.backends.backends:
-        pytest.skip("no triton with ptxas")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_triton_compiles_without_spills(tmp_path):      # where Triton does not interpret
+    if kernels.triton is None or not {"nvidia", "amd"} <= set(kernels.triton.backends.backends):
+        pytest.skip("no triton with both compilers")
+    env = os.environ | dict(TRITON_CACHE_DIR=str(tmp_path))
+    env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -763,25 +789,25 @@ def test_cpu_tensors_never_reach_triton(monkeypatch):
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-def test_backend_gives_a_reason(monkeypatch, capsys):
+def test_backend_gives_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert kernels.backend("cuda", BF16)[0] == "triton"
-    kernels._runs_triton.cache_clear()
-    assert [kernels._runs_triton("cuda", torch.float64) for _ in range(2)] == [False, False]
-    assert capsys.readouterr().out.endswith("the Triton kernels take float32 and bfloat16, not float64\n")
-    kernels._runs_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 8.0")
+    assert kernels.backend("cuda")[0] == kernels.backend("cuda", BF16)[0] == "triton"
+    reason = "the Triton kernels take float32 and bfloat16, not float64"
+    assert kernels.backend("cuda", torch.float64) == ("torch", reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 7.5")
     monkeypatch.setattr(kernels, "triton", None)
     assert kernels.backend("cuda") == ("torch", "triton is not installed")
 
 
 def test_layer_compiles_once_and_can_be_checkpointed():
     torch.manual_seed(0)
-    layer = SparselyGatedLinear(GPTConfig(d_model=64, n_experts=25, top_k=3, n_channels=2)).to(DEVICE)
+    cfg = GPTConfig(d_model=64, n_experts=25, top_k=3, n_channels=2)
+    layer = SparselyGatedLinear(cfg).to(DEVICE)
     x, dy = torch.randn(2, 2, 6, 64, device=DEVICE)
-    compiled = torch.compile(layer, fullgraph=True)
+    # Not inductor: its C++ is wrong where ATEN_CPU_CAPABILITY names less than the processor has.
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
 
     def results(fn):
         y = fn(x.requires_grad_())
