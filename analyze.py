@@ -79,6 +79,8 @@ def jackknife(mean: Callable[[np.ndarray], float], units: int) -> Estimate:
 
 
 def cell(value) -> str:
+    if value is None:       # a log may lack it: no step was trained yet, or an older train.py wrote it
+        return "-"
     if isinstance(value, tuple | list):     # an Estimate, which JSON makes a list
         return "-" if value[0] is None else "{:.3f} ± {:.3f}".format(*value)
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
@@ -1125,16 +1127,17 @@ def read_log(run: Path) -> Log:
             entry = json.loads(line)
             by_event[entry["event"]].append(entry)
     starts, evals = by_event["config"] + by_event["resume"], by_event["eval"]
-    if not by_event["config"] or not evals:
-        raise ValueError(f"{path} holds no evaluation of train.py")
-    settings, names = starts[0]["config"], GPTConfig.__dataclass_fields__
+    if not by_event["config"]:
+        raise ValueError(f"{path} is no log of train.py: it does not begin with the settings of a run")
+    settings = vars(TrainConfig()) | starts[0]["config"]    # a setting newer than the run has its default
+    names = GPTConfig.__dataclass_fields__
     cfg = GPTConfig(**{name: value for name, value in settings.items() if name in names})
     return Log(run, settings, cfg, starts, evals)
 
 
 def line(evals: list[dict], x: str) -> dict:
     """Validation loss against x; without step 0, which has no place on a logarithmic axis."""
-    later = [entry for entry in evals if entry["step"]]
+    later = [entry for entry in evals if entry["step"] and None not in (entry.get(x), entry.get("val_loss"))]
     return dict(x=[entry[x] for entry in later], y=[entry["val_loss"] for entry in later])
 
 
@@ -1142,8 +1145,9 @@ def curves(runs: list[Path]) -> Section:
     """Validation loss of runs (log.jsonl, or its folder) against steps, tokens, FLOPs and seconds."""
     against, rows, lines = ("step", "tokens", "flops", "seconds"), [], {}
     for log in map(read_log, runs):
-        last = [log.evals[-1][name] for name in (*against, "train_loss", "val_loss", "val_bits_per_byte")]
-        rows.append([str(log.run), log.cfg.ffn, *last])
+        last = log.evals[-1] if log.evals else {}
+        rows.append([str(log.run), log.cfg.ffn, *map(last.get, (*against, "train_loss", "val_loss",
+                                                                "val_bits_per_byte"))])
         lines[f"{log.run} ({log.cfg.ffn})"] = [line(log.evals, name) for name in against]
     return Section(
         "Curves", "Validation loss in nats per token. FLOPs are those of training, counted as in the paper; "
@@ -1162,11 +1166,12 @@ def check_comparable(logs: list[Log]) -> None:
     """Raises ValueError if a run did not spend a budget, or two differ by more than model, budget, seed."""
     first, seen, budgets = None, {}, Counter(log.settings["flops"] for log in logs)
     for log in logs:
-        run, cfg, start, step = log.run, log.settings, log.starts[0], log.evals[-1]["step"]
+        run, cfg, start = log.run, log.settings, log.starts[0]
+        step = log.evals[-1]["step"] if log.evals else None
         if not cfg["flops"]:
             raise ValueError(f"{run} was not trained to a budget: python train.py --flops=...")
         if step != cfg["steps"]:
-            raise ValueError(f"{run} was last evaluated at step {step}, and its budget is {cfg['steps']} "
+            raise ValueError(f"{run} was last evaluated at step {cell(step)}, and its budget is {cfg['steps']} "
                              "steps: give runs that ended there")
         dtype, device = cfg["dtype"], start["versions"]["machine"].split(":")[0]
         settings = {name: cfg[name] for name in SAME} | dict(

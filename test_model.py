@@ -1846,6 +1846,22 @@ def test_curves(tmp_path, capsys):
         ([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]), ([0.5, 1.5], [3.5, 3.25])]
 
 
+def test_missing_values_are_dashes(tmp_path, capsys):
+    """Logs of runs that were stopped before a step, or before the first evaluation, or are of an old train.py."""
+    for name, extra in (("young", [dict(event="eval", step=0, tokens=0, flops=0, seconds=0.0, train_loss=None,
+                                        val_loss=9.0, val_bits_per_byte=3.0)]), ("unborn", []),
+                        ("old", [dict(event="eval", step=5, val_loss=4.0)])):
+        lines = [dict(event="config", config=dict(ffn="mlp")), *extra]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = [str(tmp_path / f"{name}.jsonl") for name in ("young", "unborn", "old")]
+    analyze.main(["curves", *runs, f"--out_dir={tmp_path}"])
+    table = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if ".jsonl" in line]
+    assert table[:3] == [["mlp", "0", "0", "0", "0.000", "-", "9.000", "3.000"], ["mlp", *"-------"],
+                         ["mlp", "5", "-", "-", "-", "-", "4.000", "-"]]
+    with pytest.raises(SystemExit, match="was not trained to a budget"):
+        analyze.main(["isoflop", *runs, f"--out_dir={tmp_path}"])
+
+
 def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x", until=20,
                **settings):
     """The log of a run of 20 steps, with three evaluations and these losses."""
