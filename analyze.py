@@ -23,7 +23,7 @@ import concurrent.futures
 import contextlib
 import functools
 import html
-import importlib.util
+import importlib
 import itertools
 import json
 import keyword
@@ -175,6 +175,21 @@ def page(title: str, sections: list[Section], plotly: str) -> str:
     return re.sub("|".join(parts), lambda match: parts[match[0]], PAGE)
 
 
+def extra(name: str, attribute: str) -> tuple[object | None, str]:
+    """attribute of an optional package and "", or None and why there is none. Any failure of its import
+    counts: it may be another package of that name, or have a dependency that does not load."""
+    try:
+        return getattr(importlib.import_module(name), attribute), ""
+    except Exception as error:      # what an import runs is not ours, and can fail in any way
+        return None, f"{name} has failed to import: {type(error).__name__}: {error}"
+
+
+def progress(text: str) -> None:
+    """On stderr, so that `analyze.py ... | head` stops no computing."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def replace(path: Path, text: str) -> None:
     """Writes text to path, which holds the old text or the new one at any time."""
     partial = path.with_name(path.name + ".partial")
@@ -210,6 +225,8 @@ class Subject:
         self.layer = default if args.layer is None else args.layer
         if not 0 <= self.layer < cfg.n_layer or not 0 <= (args.channel or 0) < cfg.n_channels:
             raise ValueError(f"--layer goes from 0 to {cfg.n_layer - 1}, --channel to {cfg.n_channels - 1}")
+        self.umap, self.no_umap = (extra("umap", "UMAP") if args.command in ("report", "map")
+                                   else (None, ""))     # slow to import
         self.channels = "all channels" if args.channel is None else f"channel {args.channel}"
 
     @functools.cached_property
@@ -288,7 +305,7 @@ def record(model: GPT, windows: Tensor, name: str) -> Recording:
     gates, rows = torch.empty(shape), torch.empty(shape, dtype=torch.int32)
     first = torch.arange(cfg.n_channels, dtype=torch.int32)[:, None] * cfg.n_experts        # (C, 1)
     top, p = torch.empty(W * T, 5, dtype=torch.int64), torch.empty(W * T, 5)
-    print(f"record {name} on {W} x {T} tokens, {8 * gates.numel() / 1e6:.1f} MB:", end="", flush=True)
+    progress(f"record {name} on {W} x {T} tokens, {8 * gates.numel() / 1e6:.1f} MB")
     batch = max(1, 2**24 // (T * cfg.vocab_size))       # windows at a time: 64 MB of logits
     for start in range(0, W, batch):
         end = min(start + batch, W)
@@ -301,8 +318,6 @@ def record(model: GPT, windows: Tensor, name: str) -> Recording:
             logits = model(windows[start:end].to(device))[0].flatten(0, 1)      # (N', V)
         values, best = logits.topk(5)
         top[here], p[here] = best.cpu(), (values - logits.logsumexp(1, keepdim=True)).exp().cpu()
-        if 4 * start // W < 4 * end // W:
-            print(f" {100 * end // W}%", end="\n" * (end == W), flush=True)
     return Recording(windows.numpy(), gates, rows, top, p, model.embedding.weight.cpu())
 
 
@@ -450,7 +465,7 @@ def structure(subject: Subject) -> Section:
     queries, shuffle = rng.choice(W * T, min(1000, W * T), replace=False), rng.permutation(W * T)
     labels = [np.unique(names, return_inverse=True)[1] for names in classes.values()]
     for layer in range(subject.cfg.n_layer):
-        print(f"score the neighbours of {len(queries)} tokens in layer {layer}", flush=True)
+        progress(f"score the neighbours of {len(queries)} tokens in layer {layer}")
         gates = {name: subject.circuits(getattr(subject, name), layer) for name in ("trained", "untrained")}
         gates["shuffled"] = tuple(t[shuffle] for t in gates["trained"])
         for name, circuits in gates.items():
@@ -484,13 +499,12 @@ def structure(subject: Subject) -> Section:
 # -----------------------------------------------------------------------------------------------------------
 # map
 
-def plane(inner: Tensor, method: str) -> np.ndarray:
+def plane(inner: Tensor, umap: Callable | None) -> np.ndarray:
     """Coordinates (M, 2) of unit vectors with inner products (M, M): UMAP of cosine distances, or PCA."""
-    if method == "UMAP":
-        import umap     # an extra, and slow to import
+    if umap:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # distances have no inverse, and a seed means one thread
-            mapper = umap.UMAP(n_neighbors=15, metric="precomputed", random_state=0)
+            mapper = umap(n_neighbors=15, metric="precomputed", random_state=0)
             return mapper.fit_transform((1 - inner).clamp(min=0).fill_diagonal_(0).numpy())
     values, vectors = torch.linalg.eigh(centred(inner))
     return (vectors[:, -2:] * values[-2:].clamp(min=0).sqrt()).flip(1).numpy()
@@ -499,17 +513,17 @@ def plane(inner: Tensor, method: str) -> np.ndarray:
 def circuit_map(subject: Subject) -> Section:
     """The circuits of the 100 most frequent tokens in the plane, for every layer, and one untrained."""
     cfg, tokens, rng, placed, figures = subject.cfg, subject.trained.tokens, np.random.default_rng(0), [], []
-    method = "UMAP" if importlib.util.find_spec("umap") else "PCA"
+    method = "UMAP" if subject.umap else "PCA"
     often = np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]
     points = [i for t in often for i in rng.permutation(np.flatnonzero(tokens == t))[:10].tolist()]    # (M,)
     views = {f"layer {layer}": (subject.trained, layer) for layer in range(cfg.n_layer)}
     views[f"layer {subject.layer}, untrained"] = subject.untrained, subject.layer
     for title, (recording, layer) in views.items():
-        print(f"map {len(points)} circuits by {method}: {title}", flush=True)
+        progress(f"map {len(points)} circuits by {method}: {title}")
         circuits = tuple(t[points] for t in subject.circuits(recording, layer))
         hover = [html.escape(f"{subject.excerpt(tokens, i)}\nnext: {subject.predictions(recording, i)}")
                  .replace("\n", "<br>") for i in points]
-        placed.append((plane(gram(circuits, cfg.n_channels * cfg.n_experts), method).round(2), hover))
+        placed.append((plane(gram(circuits, cfg.n_channels * cfg.n_experts), subject.umap).round(2), hover))
     hidden = dict(showticklabels=False, zeroline=False)
     for way, names in subject.classes.items():
         members = {name: [m for m, i in enumerate(points) if names[i] == name]
@@ -519,7 +533,8 @@ def circuit_map(subject: Subject) -> Section:
                 for name, chosen in members.items()}
         figures.append(panels(dots, [(axis(title, **hidden), hidden) for title in views],
                               f"Circuits by {way}", 400))
-    remedy = "" if method == "UMAP" else " UMAP keeps neighbours together better: pip install umap-learn."
+    remedy = "" if subject.umap else (" UMAP keeps neighbours together better: pip install umap-learn "
+                                      f"({subject.no_umap}).")
     return Section(
         "Map", f"{method} of {len(points)} circuits ({subject.channels}): at most 10, at random, of each of "
         "the 100 most frequent tokens. Near points have like gates. Point at one to see its text and what "
@@ -680,7 +695,7 @@ def patching(subject: Subject) -> Section:
     F, slot, every = len(facts), len(prefix) + 1, list(range(subject.cfg.n_layer))
     choices = [(layers, position) for position in range(slot, prompts.shape[1])
                for layers in (every, *([layer] for layer in every))]
-    print(f"patch {F * (F - 1)} ordered pairs of {F} facts in {len(choices)} places", flush=True)
+    progress(f"patch {F * (F - 1)} ordered pairs of {F} facts in {len(choices)} places")
     runs, i = patched_logits(subject.model, prompts.to(subject.device), choices), torch.arange(F)
     logits, answers = next(runs), torch.tensor([fact.answer for fact in facts])
     own, other = answers[:, None, None].expand(F, F, 1), answers[None, :, None].expand(F, F, 1)     # [a, b]
@@ -865,7 +880,7 @@ def mimic(subject: Subject) -> Section:
     effort, T, n = QUICK if subject.args.quick else FULL, data.cfg.block_size, data.n_windows()
     count, recorded = max(1, min(effort.tokens // T, n)), []
     held_out = data.windows("val", data.val_batch(), device)
-    print(f"record layer {layer} on {count} + {len(held_out[0])} windows of {T} tokens", flush=True)
+    progress(f"record layer {layer} on {count} + {len(held_out[0])} windows of {T} tokens")
     for windows in (data.windows("train", np.arange(count) * (n // count) * T, device), held_out):
         recorded.append([])
         base = window_losses(model, layer, windows, recorded[-1].append)
@@ -885,8 +900,8 @@ def mimic(subject: Subject) -> Section:
         jobs = [(file, *key) for key in itertools.product(inputs, effort.active, STUDENTS)]
         for (_, *key), result in zip(jobs, parallel(imitate, jobs, subject.device)):
             results[tuple(key)] = result
-            print("{}/{} {} inputs, {} active neurons, {}: {:.4f} of the variance unexplained".format(
-                len(results), len(jobs), *key, result[0]), flush=True)
+            progress("{}/{} {} inputs, {} active neurons, {}: {:.4f} of the variance unexplained".format(
+                len(results), len(jobs), *key, result[0]))
     return report_students(subject, anchors, results)
 
 
@@ -1054,8 +1069,8 @@ def redistribute(args: argparse.Namespace) -> Section:
         (name, norm, seed), (whole, no_ffn, no_attention) = job[:3], (values[0] for values in result)
         taken.setdefault((norm, name), []).append(step)
         accuracy.setdefault((norm, name), []).append(result)
-        print(f"{n}/{len(jobs)} {name}, {NORMS[norm]}, seed {seed}: {step} steps, accuracy {whole:.3f}, "
-              f"without FFN {no_ffn:.3f}, without attention {no_attention:.3f}", flush=True)
+        progress(f"{n}/{len(jobs)} {name}, {NORMS[norm]}, seed {seed}: {step} steps, accuracy {whole:.3f}, "
+              f"without FFN {no_ffn:.3f}, without attention {no_attention:.3f}")
     return report_addition(args, taken, {key: np.array(values) for key, values in accuracy.items()})
 
 
@@ -1383,10 +1398,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, begin = parse_args(sys.argv[1:] if argv is None else argv), time.perf_counter()
     sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
-    drawn, path, sections = importlib.util.find_spec("plotly"), args.out_dir / f"{args.command}.html", []
+    plotly_js, why = extra("plotly.offline", "get_plotlyjs")
+    path, sections = args.out_dir / f"{args.command}.html", []
     try:
-        if args.command == "map" and not drawn:
-            raise ValueError("a map needs plotly, and is better with UMAP: pip install plotly umap-learn")
+        if args.command == "map" and not plotly_js:
+            raise ValueError(f"a map needs plotly, and is better with UMAP: pip install plotly umap-learn ({why})")
         subject = args if args.command in ("redistribute", "curves", "isoflop") else Subject(args)
         for part in COMMANDS[args.command][0]:
             try:
@@ -1395,16 +1411,18 @@ def main(argv: list[str] | None = None) -> None:
                 if args.command != "report":        # which goes on without a log, or facts
                     raise
                 sections.append(Section(f"Part {len(sections) + 1}: left out", f"{error}."))
-        for section in sections:
-            section.print(14 if args.command == "report" else 10_000)
         args.out_dir.mkdir(parents=True, exist_ok=True)
         content = json.dumps({section.title: vars(section) for section in sections}, ensure_ascii=False)
         replace(path.with_suffix(".json"), content)
-        if drawn:
-            from plotly.offline import get_plotlyjs     # an extra
-            replace(path, page(f"sgatlin: {args.command} of {args.out_dir}", sections, get_plotlyjs()))
-        pictures = path if drawn else "no pictures: pip install plotly"
-        print(f"\nwrote {path.with_suffix('.json')} and {pictures} in {time.perf_counter() - begin:.0f} s")
+        if plotly_js:
+            replace(path, page(f"sgatlin: {args.command} of {args.out_dir}", sections, plotly_js()))
+        for section in sections:
+            section.print(14 if args.command == "report" else 10_000)
+        pictures = path if plotly_js else f"no pictures: pip install plotly ({why})"
+        print(f"\nwrote {path.with_suffix('.json')} and {pictures} in {time.perf_counter() - begin:.0f} s",
+              flush=True)
+    except BrokenPipeError:     # `| head` has seen enough; all is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in the buffer
     except (OSError, ValueError) as error:
         raise SystemExit(f"analyze.py: {error}") from None
     except KeyboardInterrupt:

@@ -1677,10 +1677,26 @@ def test_report_holds_everything_and_loads_nothing(planted, capsys):
     assert "http" not in text and "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text
     assert json.loads(html.unescape(re.search('data-figure="(.*?)"', text)[1])) == {"data": []}
     inner = torch.tensor([[1.0, 0], [0.6, 0.8], [-0.6, 0.8], [0, -1]])
-    flat = torch.from_numpy(analyze.plane(inner @ inner.T, "PCA"))
+    flat = torch.from_numpy(analyze.plane(inner @ inner.T, None))
     torch.testing.assert_close(torch.cdist(flat, flat), torch.cdist(inner, inner).double())
     assert (planted / "report.html").exists() == bool(importlib.util.find_spec("plotly"))
     assert importlib.util.find_spec("umap") or "pip install umap-learn" in content["Map"]["text"]
+
+
+def test_broken_extras_and_a_closed_pipe_lose_nothing(planted, tmp_path):
+    """Another package named umap, a plotly that does not load, and `| head -n 1`."""
+    (tmp_path / "umap.py").write_text("")
+    (tmp_path / "plotly.py").write_text("raise RuntimeError('no numba')")
+    command = [sys.executable, "analyze.py", "report", f"--out_dir={planted}", "--windows=8"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in errors
+    assert "module 'umap' has no attribute 'UMAP'" in json.loads((planted / "report.json").read_text())["Map"]["text"]
+    command[2] = "map"
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert result.stderr.startswith("analyze.py: a map needs plotly") and "no numba" in result.stderr
 
 
 def test_gaussian_inputs_have_the_mean_and_the_covariance():
@@ -1817,7 +1833,7 @@ def test_redistribute_quick(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, "VARIANTS", {name: variant for name, variant in analyze.VARIANTS.items()
                                               if name.startswith("sgatlin")})
     analyze.main(["redistribute", "--quick", f"--out_dir={tmp_path}", "--device=cpu"])
-    assert capsys.readouterr().out.count(": 2 steps, accuracy ") == 8
+    assert capsys.readouterr().err.count(": 2 steps, accuracy ") == 8
     section = json.loads((tmp_path / "redistribute.json").read_text())["Redistribute"]
     assert section["text"].startswith("Quick: 2 steps at most")
     plain, normed, tests, details = (rows for _, _, rows in section["tables"])
