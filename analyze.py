@@ -1404,6 +1404,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "map" and not plotly_js:
             raise ValueError(f"a map needs plotly, and is better with UMAP: pip install plotly umap-learn ({why})")
         subject = args if args.command in ("redistribute", "curves", "isoflop") else Subject(args)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out_dir).close()    # can it be written? Found before the computing
         for part in COMMANDS[args.command][0]:
             try:
                 sections += filter(None, [part(subject)])
@@ -1411,7 +1413,6 @@ def main(argv: list[str] | None = None) -> None:
                 if args.command != "report":        # which goes on without a log, or facts
                     raise
                 sections.append(Section(f"Part {len(sections) + 1}: left out", f"{error}."))
-        args.out_dir.mkdir(parents=True, exist_ok=True)
         content = json.dumps({section.title: vars(section) for section in sections}, ensure_ascii=False)
         replace(path.with_suffix(".json"), content)
         if plotly_js:

@@ -1699,6 +1699,13 @@ def test_broken_extras_and_a_closed_pipe_lose_nothing(planted, tmp_path):
     assert result.stderr.startswith("analyze.py: a map needs plotly") and "no numba" in result.stderr
 
 
+def test_an_unwritable_folder_is_found_before_the_computing(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "read_log", lambda run: pytest.fail("it computes"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="analyze.py: .*Not a directory|File exists"):
+        analyze.main(["curves", "run", f"--out_dir={tmp_path}/file/out"])
+
+
 def test_gaussian_inputs_have_the_mean_and_the_covariance():
     torch.manual_seed(0)
     x = torch.randn(1000, 5).exp() @ torch.randn(5, 6) + torch.arange(6)      # skewed, of rank 5
