@@ -1,14 +1,14 @@
 """Read the circuits of a trained sgatlin (arXiv 2606.07414, section 4), and compare it with others.
 
-    python analyze.py                                         # all chapters on out/: out/report.html
-    python analyze.py neighbors --prompt "Once upon a time"  # the circuits most like those of a text
-    python analyze.py map  # do near circuits mean alike? a map
-    python analyze.py usage  # which neurons are used, which together
-    python analyze.py patch --template "The {} was"  # the gates of one prompt in another
-    python analyze.py mimic --teacher=out-mlp  # is a dense layer secretly sparse?
-    python analyze.py redistribute  # what attention does for sparse layers
-    python analyze.py curves out other/log.jsonl  # loss against steps, FLOPs, seconds
-    python analyze.py isoflop runs/*  # at equal FLOPs, which layer is best?
+    python analyze.py                                        # everything about out/: a report
+    python analyze.py neighbors --prompt "Once upon a time"  # the circuits most like a text's
+    python analyze.py map                                    # do near circuits mean alike? a map
+    python analyze.py usage                                  # which neurons are used, and together
+    python analyze.py patch --template "The {} was"          # the gates of one prompt in another
+    python analyze.py mimic --teacher=out-mlp                # is a dense layer secretly sparse?
+    python analyze.py redistribute                           # what does attention take over?
+    python analyze.py curves out other/log.jsonl             # loss against steps, FLOPs, seconds
+    python analyze.py isoflop runs/*                         # at equal FLOPs, which layer is best?
 
 A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers
 and channels count from 0, as in model.blocks. Every command prints its tables and writes
@@ -85,7 +85,7 @@ def jackknife(values: np.ndarray, belongs: np.ndarray) -> Estimate:
     belongs (units, n) says which values are of a unit: a window or a fact. Tokens of one window,
     and pairs with a fact in common, are not independent; units are.
     """
-    if not len(values) or belongs.all(axis=1).any():
+    if belongs.all(axis=1).any():       # without that unit there is nothing
         return Estimate(None, None)
     units = len(belongs)
     means = np.array([values[~part].mean() for part in belongs])
@@ -112,9 +112,8 @@ def cell(value) -> str:
     """A value of a table as text."""
     if value is None:
         return "-"
-    if isinstance(value, tuple | list):     # an Estimate, which JSON makes a list
-        mean, half = value
-        return "-" if mean is None else f"{mean:.3f} ± {half:.3f}"
+    if isinstance(value, Estimate):
+        return "-" if value.mean is None else f"{value.mean:.3f} ± {value.half:.3f}"
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, int):
@@ -224,8 +223,8 @@ def page(title: str, sections: list[Section]) -> str:
             body.append(figure.to_html(full_html=False, include_plotlyjs=False))
         body += [table_html(table) for table in section.tables]
     return "\n".join([
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>",
         f"<nav>{' '.join(links)}</nav>", *body, f"<script>{SEARCH}</script></body></html>"])
 
@@ -238,32 +237,11 @@ def write(path: Path, text: str) -> None:
 
 
 def write_results(out_dir: Path, command: str, sections: list[Section]) -> None:
-    """COMMAND.json: {title: {text, tables, figures}}; with plotly also COMMAND.html."""
-    content = {}
-    for section in sections:
-        figures = [json.loads(figure.to_json()) for figure in section.figures]
-        content[section.title] = dict(text=section.text, tables=section.tables, figures=figures)
+    """COMMAND.json: {title: [text, tables]}; with plotly also COMMAND.html."""
+    content = {section.title: [section.text, section.tables] for section in sections}
     write(out_dir / f"{command}.json", json.dumps(content, ensure_ascii=False))
     if go:
-        text = page(f"sgatlin: {command} of {out_dir}", sections)
-        write(out_dir / f"{command}.html", text)
-
-
-def read_results(out_dir: Path, command: str) -> list[Section]:
-    """What write_results wrote, none if it did not."""
-    path = out_dir / f"{command}.json"
-    sections = []
-    if not path.exists():
-        return sections
-    try:
-        for title, part in json.loads(path.read_text(encoding="utf-8")).items():
-            tables = [Table(*table) for table in part["tables"]]
-            figures = [go.Figure(figure) for figure in part["figures"]] if go else []
-            sections.append(Section(title, part["text"], tables, figures))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what python analyze.py {command} writes: "
-                         "delete it, or run that again") from error
-    return sections
+        write(out_dir / f"{command}.html", page(f"sgatlin: {command} of {out_dir}", sections))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,7 +282,7 @@ class Recording:
 
 @contextlib.contextmanager
 def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
-    """hook(layer, gates (N, C, k), ids (N, C, k)) sees every routing; what it returns replaces it."""
+    """hook(layer, gates (N, C, k), ids (N, C, k)) sees every routing, and may return another."""
     with contextlib.ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
             def listen(module, inputs, output, layer=layer):
@@ -612,13 +590,10 @@ def chance_shares(queries: np.ndarray, tokens: np.ndarray, label: np.ndarray) ->
     return np.array(found).T
 
 
-class Structure(NamedTuple):
-    queries: np.ndarray                     # (Q,) places of random tokens
-    shares: dict[tuple, np.ndarray]         # (layer, gates): (2, Q) as above; layer None for chance
-
-
-def structure(run: Run, channel: int | None, label: np.ndarray) -> Structure:
-    """Scores the neighbours of 1000 random tokens in every layer, and those of the controls."""
+def structure(run: Run, channel: int | None,
+              label: np.ndarray) -> tuple[np.ndarray, dict[tuple, np.ndarray]]:
+    """Places (Q,) of random tokens, and {(layer, gates): shares (2, Q)} of every layer and its
+    controls, and of chance, which has no layer."""
     tokens = run.trained.tokens
     rng = np.random.default_rng(0)
     queries = rng.choice(tokens.size, min(1000, tokens.size), replace=False)
@@ -632,7 +607,7 @@ def structure(run: Run, channel: int | None, label: np.ndarray) -> Structure:
         for name, circuits in controls.items():
             result[layer, name] = neighbor_shares(circuits, queries, tokens, label)
     result[None, "chance"] = chance_shares(queries, tokens, label)
-    return Structure(queries, result)
+    return queries, result
 
 
 def structure_section(run: Run, layer: int, channel: int | None, classes: Classes) -> Section:
@@ -675,22 +650,15 @@ def structure_section(run: Run, layer: int, channel: int | None, classes: Classe
 # --------------------------------------------------------------------------------------------------
 # map: the circuits in the plane (arXiv 2606.07414, Figure 6)
 
-class Projection(NamedTuple):
-    """How the map lays circuits out, and a sentence where a better way is missing."""
-    name: str
-    umap: Callable | None
-    note: str
-
-
-def pick_projection() -> Projection:
-    """UMAP if it can be imported, which is slow and may fail; else PCA."""
+def pick_projection() -> tuple[Callable | None, str]:
+    """UMAP and "", if it can be imported, which is slow; or None, for PCA, and a note for the map.
+    """
     umap, reason = optional("umap")
     if umap and not hasattr(umap, "UMAP"):
         reason = "the module umap has no UMAP: it is another package"
     if reason:
-        return Projection("PCA", None, " UMAP keeps neighbours together better: pip install "
-                                       f"umap-learn ({reason}).")
-    return Projection("UMAP", umap.UMAP, "")
+        return None, f" UMAP keeps neighbours together better: pip install umap-learn ({reason})."
+    return umap.UMAP, ""
 
 
 def plane(inner: Tensor, umap: Callable | None) -> np.ndarray:
@@ -706,14 +674,10 @@ def plane(inner: Tensor, umap: Callable | None) -> np.ndarray:
     return (vectors[:, -2:] * values[-2:].clamp(min=0).sqrt()).flip(1).numpy()
 
 
-class CircuitMap(NamedTuple):
-    places: list[int]               # (M,) of the circuits among the recorded tokens
-    views: dict[str, np.ndarray]    # title: (M, 2)
-
-
-def circuit_map(run: Run, layer: int, channel: int | None, projection: Projection) -> CircuitMap:
-    """At most 10 circuits of each of the 100 most frequent tokens, in every layer, and untrained;
-    the chosen layer first."""
+def circuit_map(run: Run, layer: int, channel: int | None,
+                umap: Callable | None) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Places of at most 10 circuits of each of the 100 most frequent tokens, and their coordinates
+    (M, 2) in the chosen layer, the same untrained, and every other layer."""
     tokens = run.trained.tokens
     rng = np.random.default_rng(0)
     places = []
@@ -725,21 +689,21 @@ def circuit_map(run: Run, layer: int, channel: int | None, projection: Projectio
         recordings.setdefault(f"layer {other}", (run.trained, other))
     views = {}
     for title, (recording, of_layer) in recordings.items():
-        progress(f"map {len(places)} circuits by {projection.name}: {title}")
+        progress(f"map {len(places)} circuits: {title}")
         circuits = recording.circuits(of_layer, channel).at(places)
-        views[title] = plane(gram(circuits), projection.umap).round(2)
-    return CircuitMap(places, views)
+        views[title] = plane(gram(circuits), umap).round(2)
+    return places, views
 
 
 def map_section(run: Run, layer: int, channel: int | None, classes: Classes,
-                projection: Projection) -> Section:
-    places, views = circuit_map(run, layer, channel, projection)
+                umap: Callable | None, note: str) -> Section:
+    places, views = circuit_map(run, layer, channel, umap)
     figures = [draw_map(run, places, views, classes)] if go else []
     return Section(
-        "Map", f"{projection.name} of {len(places)} circuits ({channel_name(channel)}): at most "
-        "10, at random, of each of the 100 most frequent tokens. Near points have like gates. A "
-        "word stands in the middle of its points; point at one to see its text and what the model "
-        f"expects next; click a class to hide it, twice to see it alone.{projection.note}",
+        "Map", f"{'UMAP' if umap else 'PCA'} of {len(places)} circuits ({channel_name(channel)}): "
+        "at most 10, at random, of each of the 100 most frequent tokens. Near points have like "
+        "gates. A word stands in the middle of its points; point at one to see its text and what "
+        f"the model expects next; click a class to hide it, twice to see it alone.{note}",
         figures=figures)
 
 
@@ -788,12 +752,12 @@ def run_map(args: argparse.Namespace) -> list[Section]:
     if not go:
         raise ValueError(f"a map needs plotly, and is better with UMAP: pip install plotly "
                          f"umap-learn ({NO_PLOTLY})")
-    projection = pick_projection()
+    umap, note = pick_projection()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
     classes = context_classes(run)
     return [structure_section(run, layer, channel, classes),
-            map_section(run, layer, channel, classes, projection)]
+            map_section(run, layer, channel, classes, umap, note)]
 
 
 def add_map(commands) -> None:
@@ -980,122 +944,116 @@ class Fact(NamedTuple):
     answer: int
     count: int          # how often the answer follows the word
     total: int          # how often the word occurs
-    lift: float | None  # p(answer | word) / p(answer)
+    lift: float         # p(answer | word) / p(answer)
 
 
-class Template(NamedTuple):
-    """A text with a slot for the word: prefix, word, suffix, and then the answer."""
-    prefix: list[int]
-    suffix: list[int]
-    blank_word: bool        # the word's token begins with a blank
-    blank_answer: bool
+class Template:
+    """A text with one {} for the word: the tokens before and after it, and then the answer's."""
+
+    def __init__(self, run: Run, text: str):
+        before, slot, after = text.partition("{}")
+        if not slot or "{}" in after:
+            raise ValueError(f"--template={text!r} needs one {{}}, for the word that differs")
+        self.text = text
+        self.prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
+        self.suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
+        # A blank belongs to the token that it precedes: to the word, and to the answer.
+        self.word_blank = " " if before.endswith(" ") else ""
+        self.answer_blank = " " if after[-1:].isalnum() or after.endswith(" ") else ""
+        if not after:
+            self.answer_blank = self.word_blank
 
 
-def parse_template(run: Run, text: str) -> Template:
-    before, slot, after = text.partition("{}")
-    if not slot or "{}" in after:
-        raise ValueError(f"--template={text!r} needs one {{}}, for the word that differs")
-    blank_word = before.endswith(" ")       # a blank belongs to the token that it precedes
-    blank_answer = after[-1:].isalnum() or (not after and blank_word)
-    if after.endswith(" "):
-        blank_answer = True
-    prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
-    suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
-    return Template(prefix, suffix, blank_word, blank_answer)
+class PairCounts:
+    """How often words and answers stand in a template in the training text."""
+
+    def __init__(self, run: Run, template: Template):
+        text = run.data.tokens("train")
+        slot = len(template.prefix)
+        end = slot + 1 + len(template.suffix)
+        fixed = [*enumerate(template.prefix), *enumerate(template.suffix, slot + 1)]
+        self.pairs = Counter()
+        for start in range(0, len(text), 2**22):    # a piece at a time: text may exceed memory
+            piece = np.asarray(text[start:start + 2**22 + end])
+            at = np.arange(max(len(piece) - end, 0))
+            for offset, token in fixed:
+                at = at[piece[at + offset] == token]
+            self.pairs.update(zip(piece[at + slot].tolist(), piece[at + end].tolist()))
+        self.words = Counter()
+        self.answers = Counter()
+        for (word, answer), count in self.pairs.items():
+            self.words[word] += count
+            self.answers[answer] += count
+
+    def fact(self, word: int, answer: int) -> Fact:
+        count = self.pairs[word, answer]
+        total = self.words[word]
+        lift = 0.0
+        if count:
+            lift = count / total / self.answers[answer] * self.words.total()
+        return Fact(word, answer, count, total, lift)
 
 
-def count_pairs(run: Run, template: Template) -> Counter:
-    """How often each (word, answer) stands in the template in the training text."""
-    text = run.data.tokens("train")
-    slot = len(template.prefix)
-    end = slot + 1 + len(template.suffix)
-    fixed = [*enumerate(template.prefix), *enumerate(template.suffix, slot + 1)]
-    pairs = Counter()
-    for start in range(0, len(text), 2**22):    # a piece at a time: text may be larger than memory
-        piece = np.asarray(text[start:start + 2**22 + end])
-        at = np.arange(max(len(piece) - end, 0))
-        for offset, token in fixed:
-            at = at[piece[at + offset] == token]
-        pairs.update(zip(piece[at + slot].tolist(), piece[at + end].tolist()))
-    return pairs
-
-
-def find_facts(run: Run, text: str) -> list[Fact]:
-    """At most MOST_FACTS facts of a template, no two with the same word or answer.
+def find_facts(run: Run, template: Template) -> list[Fact]:
+    """At most MOST_FACTS facts, no two with the same word or answer.
 
     A word is one token of letters. Answers are chosen by how much the word raises them: by count *
     log(lift), the pair's share of the mutual information of words and answers; the highest first.
     Raises ValueError below three facts: two to patch, and one as a control.
     """
-    template = parse_template(run, text)
-    pairs = count_pairs(run, template)
-    words = Counter()
-    answers = Counter()
-    for (word, answer), count in pairs.items():
-        words[word] += count
-        answers[answer] += count
-    letters = re.compile(rb" [A-Za-z]+" if template.blank_word else rb"[A-Za-z]+")
-    scored = []
-    for (word, answer), count in pairs.items():
-        lift = count / words[word] / answers[answer] * pairs.total()
-        spelt = run.encoding.decode_single_token_bytes(word)
-        if count >= FEWEST_COUNT and lift > 1 and letters.fullmatch(spelt):
-            fact = Fact(word, answer, count, words[word], lift)
-            scored.append((-count * math.log(lift), fact))
-    facts = []
-    seen = set()
-    for _, fact in sorted(scored):
-        if ("word", fact.word) not in seen and ("answer", fact.answer) not in seen:
-            facts.append(fact)
-            seen |= {("word", fact.word), ("answer", fact.answer)}
-    if len(facts) < 3:
-        raise ValueError(f"--template={text!r} has {len(facts)} facts with {FEWEST_COUNT} "
-                         f"occurrences in {run.data.meta['source']}, of 3 needed: try another "
-                         "template, or give your own with --facts")
-    return facts[:MOST_FACTS]
+    counts = PairCounts(run, template)
+    letters = re.compile(template.word_blank + "[A-Za-z]+")
+    candidates = []
+    for (word, answer), count in counts.pairs.items():
+        fact = counts.fact(word, answer)
+        spelt = run.encoding.decode([word])
+        if count >= FEWEST_COUNT and fact.lift > 1 and letters.fullmatch(spelt):
+            candidates.append((-count * math.log(fact.lift), fact))
+    by_answer = {}
+    words = set()
+    for _, fact in sorted(candidates):
+        if fact.word not in words and fact.answer not in by_answer:
+            by_answer[fact.answer] = fact
+            words.add(fact.word)
+    if len(by_answer) < 3:
+        raise ValueError(f"--template={template.text!r} has {len(by_answer)} facts with "
+                         f"{FEWEST_COUNT} occurrences in the training text, of 3 needed: try "
+                         "another template, or give your own with --facts")
+    return list(by_answer.values())[:MOST_FACTS]
 
 
-def given_facts(run: Run, text: str, given: str) -> list[Fact]:
-    """Facts as word:answer, separated by commas or lines, or a file of them."""
-    template = parse_template(run, text)
-    pairs = count_pairs(run, template)
+def given_facts(run: Run, template: Template, given: str) -> list[Fact]:
+    """The facts word:answer of --facts, separated by commas or lines, or of a file of them."""
     if ":" not in given:
         given = Path(given).read_text(encoding="utf-8")
-    tokens = []
-    for entry in re.split(r"[,\n]", given.strip().strip(",")):
-        word, colon, answer = (part.strip() for part in entry.partition(":"))
+    counts = PairCounts(run, template)
+    facts = []
+    seen = set()
+    for entry in re.split(r"[,\n]+", given.strip()):
+        word, colon, answer = entry.partition(":")
         if not colon:
             raise ValueError(f"--facts has {entry!r}, which is not word:answer")
-        tokens.append((one_token(run, word, template.blank_word),
-                       one_token(run, answer, template.blank_answer)))
-    for kind, column in zip(("word", "answer"), zip(*tokens)):
-        token, count = Counter(column).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"--facts has the {kind} {run.name(token)!r} twice: give it once")
-    if len(tokens) < 3:
-        raise ValueError(f"--facts has {len(tokens)} facts, of 3 needed: two, and one as a control")
-    facts = []
-    for word, answer in tokens:
-        total = sum(count for (other, _), count in pairs.items() if other == word)
-        of_answer = sum(count for (_, other), count in pairs.items() if other == answer)
-        count = pairs[word, answer]
-        lift = count / total / of_answer * pairs.total() if count else None
-        facts.append(Fact(word, answer, count, total, lift))
+        tokens = []
+        for spelt in (template.word_blank + word.strip(), template.answer_blank + answer.strip()):
+            ids = run.encoding.encode_ordinary(spelt)
+            if len(ids) != 1:
+                raise ValueError(f"--facts has {spelt!r}, which is {len(ids)} tokens: take words "
+                                 "and answers of one token")
+            tokens += ids
+        fact = counts.fact(*tokens)
+        for token in (("word", fact.word), ("answer", fact.answer)):
+            if token in seen:
+                raise ValueError(f"--facts has the {token[0]} of {entry!r} twice: give it once")
+            seen.add(token)
+        facts.append(fact)
+    if len(facts) < 3:
+        raise ValueError(f"--facts has {len(facts)} facts, of 3 needed: two, and one as a control")
     return facts
 
 
-def one_token(run: Run, text: str, blank: bool) -> int:
-    spelt = " " + text if blank else text
-    ids = run.encoding.encode_ordinary(spelt)
-    if len(ids) != 1:
-        raise ValueError(f"--facts has {spelt!r}, which is {len(ids)} tokens here: facts are of "
-                         "one token each")
-    return ids[0]
-
-
 @torch.inference_mode()
-def last_logits(model: GPT, prompts: Tensor, hook: Callable) -> Tensor:
-    """(F, T) -> (F, V), with hook on the routers."""
+def answer_logits(model: GPT, prompts: Tensor, hook: Callable) -> Tensor:
+    """(F, T) -> (F, V), the last position, with hook on the routers."""
     with router_hook(model, hook):
         return model(prompts)[0][:, -1].cpu()
 
@@ -1104,19 +1062,23 @@ def patched_logits(model: GPT, prompts: Tensor, gates: dict[int, tuple], layers:
                    position: int, source: int) -> Tensor:
     """(F, V) of prompts (F, T) with the gates at a position, in some layers, those of the prompt
     source: scores and neurons, of all channels. gates: {layer: (gates, ids)} of the prompts."""
-    shape = prompts.shape
-
     def patch(layer: int, *output: Tensor) -> tuple[Tensor, ...] | None:
         if layer not in layers:
             return None
         changed = []
         for x, recorded in zip(output, gates[layer]):
-            x = x.clone().unflatten(0, shape)                                   # (F, T, C, k)
-            x[:, position] = recorded.unflatten(0, shape)[source, position]
+            x = x.clone().unflatten(0, prompts.shape)                           # (F, T, C, k)
+            x[:, position] = recorded.unflatten(0, prompts.shape)[source, position]
             changed.append(x.flatten(0, 1))
         return tuple(changed)
 
-    return last_logits(model, prompts, patch)
+    return answer_logits(model, prompts, patch)
+
+
+def preferences(logits: Tensor, answers: Tensor) -> Tensor:
+    """(F, F): in prompt a, the logit of a's answer less that of b's; logits (F, V), answers (F,)."""
+    at_answers = logits[:, answers]
+    return at_answers.diagonal()[:, None] - at_answers
 
 
 def indirect_effect(clean: Tensor, counterfactual: Tensor, patched: Tensor) -> Tensor:
@@ -1125,83 +1087,50 @@ def indirect_effect(clean: Tensor, counterfactual: Tensor, patched: Tensor) -> T
     return (patched - clean) / (counterfactual - clean)
 
 
-class Place(NamedTuple):
-    """What patches at one position do in some layers; [a, b]: a prompt, and the fact of another."""
-    position: int
-    layers: list[int]
-    effect: Tensor      # (F, F) of b's gates in a
-    third: Tensor       # (F, F) of every other prompt's, the mean
-    flips: Tensor       # (F, F) 1 where a with b's gates now prefers b's answer
-    third_flips: Tensor     # (F, F)
-
-
 class Patches(NamedTuple):
-    prompts: Tensor     # (F, T)
-    p: Tensor           # (F, V) of the next token, unpatched
-    known: Tensor       # (F, F) bool: both prompts prefer their own answer
-    places: list[Place]
-    own_change: float   # by how much a prompt's own gates change a preference, at most
+    """Effects [a, b], (F, F), are of the gates of b in prompt a, or of every third prompt's."""
+    prompts: Tensor         # (F, T)
+    p: Tensor               # (F, V) of the next token, unpatched
+    known: Tensor           # (F, F) bool: both prompts prefer their own answer
+    effects: dict[tuple, tuple[Tensor, Tensor]]     # {(position, layers): (of b, of a third)}
+    own_change: float       # by how much a prompt's own gates change a preference, at most
 
 
-def patching(run: Run, text: str, facts: list[Fact]) -> Patches:
-    """Every prompt with the gates of every other, position by position, layer by layer.
-
-    A preference m[a, b] is the logit of a's answer less that of b's. Where a prompt prefers its own
-    answer, m(a) > 0, a patch from b moves it towards m(b) < 0.
-    """
-    template = parse_template(run, text)
+def patching(run: Run, template: Template, facts: list[Fact]) -> Patches:
+    """Every prompt with the gates of every other, position by position, layer by layer."""
     rows = []
     for fact in facts:
         rows.append([run.encoding.eot_token, *template.prefix, fact.word, *template.suffix])
-    prompts = torch.tensor(rows)
+    prompts = torch.tensor(rows, device=run.device)                             # (F, T)
     answers = torch.tensor([fact.answer for fact in facts])
     gates = {}
 
     def keep(layer: int, *output: Tensor) -> None:
         gates[layer] = output
 
-    clean_logits = last_logits(run.model, prompts.to(run.device), keep)         # (F, V)
-    z = clean_logits[:, answers]                                                # (F, F)
-    own = z.diagonal()
-    clean = own[:, None] - z            # m of prompt a
-    counter = z.T - own[None, :]        # m of prompt b
-    known = (clean > 0) & (counter < 0)
-    slot = len(template.prefix) + 1
-    every = list(range(run.cfg.n_layer))
-    choices = [every, *([layer] for layer in every)]
+    logits = answer_logits(run.model, prompts, keep)
+    clean = preferences(logits, answers)
+    counterfactual = -clean.T           # in prompt b, the logit of a's answer less that of b's
     F = len(facts)
-    progress(f"patch {F * (F - 1)} ordered pairs of {F} facts, at {prompts.shape[1] - slot} "
-             f"positions, in {len(choices)} choices of layers")
-    places = []
+    i = torch.arange(F)
+    every = tuple(range(run.cfg.n_layer))
+    positions = range(len(template.prefix) + 1, prompts.shape[1])
+    progress(f"patch {F * (F - 1)} ordered pairs of {F} facts")
+    effects = {}
     own_change = 0.0
-    for position in range(slot, prompts.shape[1]):
-        for layers in choices:
-            patched = []
-            for source in range(F):
-                z = patched_logits(run.model, prompts.to(run.device), gates, layers, position,
-                                   source)[:, answers]
-                patched.append(z.diagonal()[:, None] - z)
-            m = torch.stack(patched, dim=1)                     # (F, F, F): a, source, b
-            place, change = place_of(position, layers, clean, counter, m)
-            places.append(place)
-            own_change = max(own_change, change)
-    return Patches(prompts, clean_logits.softmax(1), known, places, own_change)
-
-
-def place_of(position: int, layers: list[int], clean: Tensor, counter: Tensor,
-             m: Tensor) -> tuple[Place, float]:
-    """Effects of the preferences m [a, source, b] of patched prompts; and how much a prompt's own
-    gates change."""
-    i = torch.arange(len(m))
-    effect = indirect_effect(clean[:, None], counter[:, None], m)
-    flips = (m < 0).double()
-    measures = []
-    for x in (effect, flips):
-        theirs = x[:, i, i]                                     # (F, F): the source is b
-        others = x.sum(1) - theirs - x[i, i]                    # neither a nor b
-        measures += [theirs, others / (len(m) - 2)]
-    change = (m[i, i] - clean).abs().max().item()
-    return Place(position, layers, *measures), change
+    for position, layers in itertools.product(positions, [every, *((layer,) for layer in every)]):
+        patched = []
+        for source in range(F):
+            changed = patched_logits(run.model, prompts, gates, layers, position, source)
+            patched.append(preferences(changed, answers))
+        m = torch.stack(patched, dim=1)                         # (F, F, F): a, source, b
+        own_change = max(own_change, (m[i, i] - clean).abs().max().item())
+        effect = indirect_effect(clean[:, None], counterfactual[:, None], m)
+        theirs = effect[:, i, i]                                # (F, F): the source is b
+        third = (effect.sum(1) - theirs - effect[i, i]) / (F - 2)       # neither a nor b
+        effects[position, layers] = (theirs, third)
+    known = (clean > 0) & (counterfactual < 0)
+    return Patches(prompts.cpu(), logits.softmax(1), known, effects, own_change)
 
 
 def patching_section(run: Run, text: str | None, given: str | None) -> Section:
@@ -1210,63 +1139,46 @@ def patching_section(run: Run, text: str | None, given: str | None) -> Section:
     if not text:
         raise ValueError(f"there is no template for data from {run.data.meta['source']}: give one "
                          "with --template")
-    facts = given_facts(run, text, given) if given else find_facts(run, text)
-    prompts, p, known, places, own_change = patching(run, text, facts)
-    F = len(facts)
-    a, b = (index.numpy() for index in known.nonzero(as_tuple=True))
-    of_fact = (a == np.arange(F)[:, None]) | (b == np.arange(F)[:, None])       # (F, known pairs)
-    slot = places[0].position
+    template = Template(run, text)
+    facts = given_facts(run, template, given) if given else find_facts(run, template)
+    prompts, p, known, effects, own_change = patching(run, template, facts)
+    a, b = known.nonzero(as_tuple=True)
+    fact_numbers = torch.arange(len(facts))[:, None]
+    of_fact = ((a == fact_numbers) | (b == fact_numbers)).numpy()               # (F, known pairs)
     rows = []
     bars = {"the other's gates": {}, "a third prompt's": {}}
-    for place in places:
-        position = "{}" if place.position == slot else run.name(prompts[0, place.position])
-        layers = "all" if len(place.layers) == run.cfg.n_layer else f"{place.layers[0]}"
-        measures = [place.effect, place.third, place.effect - place.third, place.flips,
-                    place.third_flips]
-        row = [jackknife(x[known].double().numpy(), of_fact) for x in measures]
-        rows.append([position, layers, *row])
-        for chart, estimate in zip(bars.values(), row):
-            chart[f"{position}, {layers}"] = estimate
+    for (position, layers), (theirs, third) in effects.items():
+        at = "{}" if position == len(template.prefix) + 1 else run.name(prompts[0, position])
+        which = "all" if len(layers) == run.cfg.n_layer else str(layers[0])
+        row = []
+        for effect in (theirs, third, theirs - third):
+            row.append(jackknife(effect[known].double().numpy(), of_fact))
+        rows.append([at, which, *row])
+        bars["the other's gates"][f"{at}, {which}"] = row[0]
+        bars["a third prompt's"][f"{at}, {which}"] = row[1]
     best = p.argmax(1).tolist()
-    right = sum(token == fact.answer for token, fact in zip(best, facts))
-    table = []
-    names = []
+    right = 0
+    fact_rows = []
     for number, fact in enumerate(facts):
-        names.append(f"{run.name(fact.word)} → {run.name(fact.answer)}")
-        table.append([names[-1], fact.count, fact.total, fact.lift, p[number, fact.answer].item(),
-                      run.name(best[number]), p[number, best[number]].item()])
-    figures = []
-    if go:
-        figures = [bar_chart("Effect, by position and layers", bars),
-                   draw_effects(names, places[0].effect)]
+        right += best[number] == fact.answer
+        fact_rows.append([f"{run.name(fact.word)} → {run.name(fact.answer)}", *fact[2:],
+                          p[number, fact.answer].item(), run.name(best[number]),
+                          p[number, best[number]].item()])
+    F = len(facts)
     return Section(
         "Patching", f"In {text!r} the word decides what follows; facts are words and answers that "
         "they raise in the training text (lift: p(answer | word) / p(answer)). A prompt gets, at "
         "one position, the gates (scores and neurons, all channels) of another; the effect is 0 "
         "where that changes nothing, and 1 where it moves the logits of the two answers as far as "
         f"the other prompt does. Means are over the {len(a)} of {F * (F - 1)} ordered pairs whose "
-        "prompts both prefer their own answer; a flip now prefers the other's. Controls: the gates "
-        f"of every third prompt; its own gates, which change {own_change:g} at most. The model's "
-        f"first choice is the answer in {right} of {F} facts. Intervals of 95 %, over facts.",
-        [Table("Effect of patches", ["position", "layers", "effect", "third prompt", "difference",
-                                     "flips", "flips, third"], rows),
-         Table("Facts", ["fact", "count", "of", "lift", "p(answer)", "first choice", "p"], table)],
-        figures)
-
-
-def draw_effects(names: list[str], effect: Tensor):
-    """The effect (F, F) of every pair, all layers at the word."""
-    matrix = effect.clone()
-    matrix.fill_diagonal_(0)
-    figure = go.Figure(layout=dict(
-        height=700, title="Effect of every pair, all layers at the word: a row gets the gates of a "
-                          "column"))
-    figure.add_heatmap(x=names, y=names, z=matrix.numpy().round(3).tolist(), zmin=-1, zmax=1,
-                       colorscale="RdBu",
-                       hovertemplate="%{y}<br>with the gates of %{x}<br>effect %{z}<extra></extra>")
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
+        "prompts both prefer their own answer. Controls: the gates of every third prompt; its own "
+        f"gates, which change {own_change:g} at most. The model's first choice is the answer in "
+        f"{right} of {F} facts. Intervals of 95 %, over facts.",
+        [Table("Effect of patches", ["position", "layers", "effect", "third prompt", "difference"],
+               rows),
+         Table("Facts", ["fact", "count", "of", "lift", "p(answer)", "first choice", "p"],
+               fact_rows)],
+        [bar_chart("Effect, by position and layers", bars)] if go else [])
 
 
 def run_patch(args: argparse.Namespace) -> list[Section]:
@@ -1353,7 +1265,7 @@ def make_student(name: str, m: int, D: int) -> nn.Module:
 
 
 def gaussian_like(x: Tensor, count: int) -> Tensor:
-    """(count, D) samples of the normal distribution with the mean and the covariance of x (N, D)."""
+    """(count, D) samples of the normal distribution with x's mean and covariance, x (N, D)."""
     x = x.double()
     values, vectors = torch.linalg.eigh(x.T.cov())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T     # (D, D), symmetric
@@ -1425,13 +1337,12 @@ def imitate(file: Path, kind: str, m: int, name: str) -> tuple[float, np.ndarray
     return unexplained(held_y, scale * outputs(student, held_x)), losses
 
 
-class Imitation(NamedTuple):
-    anchors: dict[str, np.ndarray]      # losses (W,) with the layer, its mean output, or nothing
-    results: dict[tuple[str, int, str], tuple[float, np.ndarray]]   # of inputs, m, name: imitate's
+def mimic(run: Run, layer: int, effort: Effort) -> tuple[dict, dict]:
+    """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones.
 
-
-def mimic(run: Run, layer: int, effort: Effort) -> Imitation:
-    """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones."""
+    Returns the losses (W,) {with the layer, its mean output, or nothing there: losses}, and what
+    imitate returned, {(inputs, m, student): (unexplained, losses)}.
+    """
     model = run.model
     T = run.cfg.block_size
     n = run.data.n_windows()
@@ -1466,23 +1377,16 @@ def mimic(run: Run, layer: int, effort: Effort) -> Imitation:
             results[kind, m, name] = result
             progress(f"{len(results)}/{len(jobs)} {kind} inputs, {m} active neurons, {name}: "
                      f"{result[0]:.4f} of the variance unexplained")
-    return Imitation(anchors, results)
+    return anchors, results
 
 
-def costs(layer: nn.Module) -> list[int]:
-    """Parameters of a student or an MLP, those that a token uses, and its FLOPs."""
-    total = sum(p.numel() for p in layer.parameters())
-    idle = 0
-    for router in layer.modules():
-        if isinstance(router, Router):
-            C = len(router.keys)
-            D = router.query.weight.shape[1]
-            idle += 2 * (NEURONS - C * router.top_k) * D
-    return [total, total - idle, layer.flops()]
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def mimic_section(run: Run, layer: int, effort: Effort) -> Section:
     anchors, results = mimic(run, layer, effort)
+    teacher = run.model.blocks[layer].ffn
     base = anchors["the layer"]
 
     def change(losses: np.ndarray) -> Estimate:
@@ -1492,7 +1396,7 @@ def mimic_section(run: Run, layer: int, effort: Effort) -> Section:
     lines = {name: {"real": ([], []), "Gaussian": ([], [])} for name in STUDENTS}
     for (kind, m, name), (left, losses) in results.items():
         student = make_student(name, m, run.cfg.d_model)
-        rows.append([kind, m, name, left, change(losses), *costs(student)])
+        rows.append([kind, m, name, left, change(losses), parameters(student), student.flops()])
         x, y = lines[name][kind]
         x.append(m)
         y.append(left)
@@ -1517,10 +1421,10 @@ def mimic_section(run: Run, layer: int, effort: Effort) -> Section:
         "inputs. But m dense neurons write into m dimensions at most: for small m this alone puts "
         "sparse students ahead, on any inputs.",
         [Table("Students", ["inputs", "m", "student", "unexplained", "change", "parameters",
-                            "active", "FLOPs per token"], rows),
+                            "FLOPs per token"], rows),
          Table("Anchors", ["in place of the layer", "loss", "change"], anchor_rows),
-         Table("Costs of the layer", ["parameters", "active", "FLOPs per token"],
-               [costs(run.model.blocks[layer].ffn)])], figures)
+         Table("The layer", ["parameters", "FLOPs per token"],
+               [[parameters(teacher), teacher.flops()]])], figures)
 
 
 def run_mimic(args: argparse.Namespace) -> list[Section]:
@@ -1840,31 +1744,22 @@ def add_curves(commands) -> None:
 # isoflop: trained with equal FLOPs, which layer is best? (arXiv 2606.07414, Figures 1 and 3)
 
 RECIPE = ("eval_sequences", "block_size", "vocab_size", "batch_size", "learning_rate",
-          "weight_decay", "warmup_steps", "decay_fraction", "grad_clip")  # in all that is compared
+          "weight_decay", "warmup_steps", "decay_fraction", "grad_clip", "dtype")
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
-# Student's t for a two-sided 95 % interval, by the degrees of freedom
-T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Student's t for a two-sided 95 % interval, of two and more values.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def recipe_of(log: Log) -> dict:
-    """What runs must share to be compared."""
-    recipe = {name: log.settings[name] for name in RECIPE}
-    recipe["data"] = log.starts[0].get("data", {}).get("fingerprint")
-    recipe["dtype"] = log.settings["dtype"]
-    if recipe["dtype"] == "auto":
-        recipe["dtype"] = f"auto on {machine_of(log.starts[0]).split(':')[0]}"
-    return recipe
-
-
-def machine_of(start: dict) -> str:
-    versions = start.get("versions", {})
-    return f"{versions.get('machine', 'unknown')}, {versions.get('processes', 1)} process(es)"
+def machine_of(log: Log) -> str:
+    """Seconds of one machine alone can be compared."""
+    versions = log.starts[0].get("versions", {})
+    return f"{versions.get('machine')}, {versions.get('processes', 1)} process(es)"
 
 
 def check_comparable(logs: list[Log]) -> None:
     """Raises ValueError if a run did not spend a budget, or two differ by more than model, budget
     and seed."""
-    first = recipe_of(logs[0])
+    first = None
     seen = {}
     for log in logs:
         budget = log.settings["flops"]
@@ -1875,7 +1770,10 @@ def check_comparable(logs: list[Log]) -> None:
         if done != steps:
             raise ValueError(f"{log.run} was last evaluated at step {done}, and its budget is "
                              f"{steps} steps: give runs that ended there")
-        for name, value in recipe_of(log).items():
+        recipe = {name: log.settings[name] for name in RECIPE}
+        recipe["data"] = log.starts[0].get("data", {}).get("fingerprint")
+        first = first or recipe
+        for name, value in recipe.items():
             if value != first[name]:
                 raise ValueError(f"{logs[0].run} and {log.run} are not comparable: "
                                  f"{name}={first[name]} and {value}")
@@ -1890,24 +1788,39 @@ class Group:
     """Runs of one model with one budget that differ by their seeds; numbers are means over them."""
 
     def __init__(self, logs: list[Log]):
-        self.run = logs[0].run
+        self.logs = logs
         self.cfg = logs[0].cfg
         self.budget = logs[0].settings["flops"]
         self.variant = variant_name(self.cfg)
-        with torch.device("meta"):
-            self.total, self.active = GPT(self.cfg).num_params()
-        self.evals = mean_evals([log.evals for log in logs])
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)
-        self.machines = {machine_of(start) for log in logs for start in log.starts}
+
+    def mean(self, name: str) -> float:
+        """Of the last evaluations."""
+        return statistics.fmean(log.evals[-1][name] for log in self.logs)
 
     def interval(self) -> Estimate:
-        """The mean loss and its 95 % interval, by Student's t, over seeds."""
+        """The mean loss and its 95 % interval over seeds, by Student's t; unknown for one seed."""
         n = len(self.losses)
         if n == 1:
             return Estimate(None, None)
-        t = T95[n - 1] if n <= len(T95) else 1.96
-        return Estimate(self.loss, t * statistics.stdev(self.losses) / math.sqrt(n))
+        error = statistics.stdev(self.losses) / math.sqrt(n)
+        return Estimate(self.loss, T95.get(n, 1.96) * error)
+
+    def seconds_to(self, loss: float) -> float | None:
+        """The mean time to reach a validation loss; None where a seed never does."""
+        times = [seconds_to(log.evals, loss) for log in self.logs]
+        return None if None in times else statistics.fmean(times)
+
+    def row(self) -> list:
+        """Of the table of a budget."""
+        with torch.device("meta"):
+            total, active = GPT(self.cfg).num_params()
+        last = self.logs[0].evals[-1]
+        return [f"{self.cfg.n_layer} x {self.cfg.d_model}, {layer_sizes(self.cfg)}",
+                str(self.logs[0].run), total, active, last["tokens"], last["step"],
+                len(self.losses), self.loss, self.interval(), math.exp(self.loss),
+                self.mean("val_bits_per_byte"), self.mean("seconds")]
 
 
 def variant_name(cfg: GPTConfig) -> str:
@@ -1923,40 +1836,6 @@ def variant_name(cfg: GPTConfig) -> str:
     return " ".join(words)
 
 
-def mean_evals(of_runs: list[list[dict]]) -> list[dict]:
-    """Evaluations at the steps that all runs have, with the means of what differs by seed."""
-    by_step = [{entry["step"]: entry for entry in evals} for evals in of_runs]
-    means = []
-    for step, first in by_step[0].items():
-        if all(step in entries for entries in by_step):
-            mean = dict(first)
-            for name in ("seconds", "val_loss", "val_bits_per_byte"):
-                mean[name] = statistics.fmean(entries[step][name] for entries in by_step)
-            means.append(mean)
-    return means
-
-
-def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
-    """The groups of each budget, the lowest loss first."""
-    alike = defaultdict(list)
-    for log in logs:
-        alike[log.settings["flops"], repr(log.cfg)].append(log)
-    groups = [Group(of_model) for of_model in alike.values()]
-    groups.sort(key=lambda group: (group.budget, group.loss))
-    budgets = defaultdict(list)
-    for group in groups:
-        budgets[group.budget].append(group)
-    return budgets
-
-
-def best_sizes(groups: list[Group]) -> dict[str, Group]:
-    """Of each variant the group with the lowest loss, of groups in that order."""
-    best = {}
-    for group in groups:
-        best.setdefault(group.variant, group)
-    return best
-
-
 def layer_sizes(cfg: GPTConfig) -> str:
     if cfg.ffn in ("sgatlin", "peer"):
         return f"{cfg.n_channels} x {cfg.n_experts} k {cfg.top_k} d_key {cfg.d_key}"
@@ -1967,101 +1846,81 @@ def layer_sizes(cfg: GPTConfig) -> str:
 
 def seconds_to(evals: list[dict], loss: float) -> float | None:
     """When the validation loss, linear between evaluations, first reaches a value; None: never."""
-    for a, b in itertools.pairwise(evals):
-        if a["val_loss"] <= loss:
-            return a["seconds"]
-        if b["val_loss"] <= loss:
-            share = (a["val_loss"] - loss) / (a["val_loss"] - b["val_loss"])
-            return a["seconds"] + share * (b["seconds"] - a["seconds"])
+    for before, after in itertools.pairwise(evals):
+        if after["val_loss"] <= loss:
+            share = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
+            return before["seconds"] + share * (after["seconds"] - before["seconds"])
     return None
 
 
-def quickest(groups: list[Group], variant: str, loss: float) -> float | None:
-    """Seconds to a loss of the quickest size of a variant; None: no size reaches it."""
-    times = [seconds_to(group.evals, loss) for group in groups if group.variant == variant]
-    return min((time for time in times if time is not None), default=None)
+def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
+    """The groups of each budget, the lowest loss first."""
+    alike = defaultdict(list)
+    for log in logs:
+        alike[log.settings["flops"], repr(log.cfg)].append(log)
+    budgets = defaultdict(list)
+    for group in map(Group, alike.values()):
+        budgets[group.budget].append(group)
+    result = {}
+    for budget in sorted(budgets):
+        result[budget] = sorted(budgets[budget], key=lambda group: group.loss)
+    return result
 
 
-def race(groups: list[Group]) -> list[list]:
-    """Seconds that the quickest sgatlin takes to the final loss of the best size of each rival; or,
-    where none gets there, the other way round."""
+def best_sizes(groups: list[Group]) -> dict[str, Group]:
+    """Of each variant the group with the lowest loss, of groups in that order."""
+    best = {}
+    for group in groups:
+        best.setdefault(group.variant, group)
+    return best
+
+
+def rival_rows(budget: float, best: dict[str, Group]) -> list[list]:
+    """sgatlin against every other variant: perplexities, their ratio, and seconds to its loss."""
+    ours = best["sgatlin"]
     rows = []
-    best = best_sizes(groups)
-    if "sgatlin" not in best:
-        return rows
-    for rival, goal in best.items():
-        if rival == "sgatlin":
-            continue
-        runner = "sgatlin"
-        seconds = quickest(groups, runner, goal.loss)
-        if seconds is None:
-            runner = rival
-            goal = best["sgatlin"]
-            seconds = quickest(groups, runner, goal.loss)
-        own = goal.evals[-1]["seconds"]
-        ratio = None if seconds is None else seconds / own
-        rows.append([runner, goal.variant, goal.loss, own, seconds, ratio])
+    for variant, rival in best.items():
+        if rival is not ours:
+            machines = {machine_of(log) for log in [*ours.logs, *rival.logs]}
+            seconds = ours.seconds_to(rival.loss) if len(machines) == 1 else None
+            rows.append([f"{budget:g}", variant, math.exp(ours.loss), math.exp(rival.loss),
+                         math.exp(ours.loss - rival.loss), rival.mean("seconds"), seconds])
     return rows
 
 
-def budget_row(group: Group, best: bool) -> list:
-    last = group.evals[-1]
-    sizes = f"{group.cfg.n_layer} x {group.cfg.d_model}, {layer_sizes(group.cfg)}"
-    deviation = statistics.stdev(group.losses) if len(group.losses) > 1 else None
-    return [group.variant, "*" if best else "", str(group.run), sizes, group.total, group.active,
-            last["tokens"], last["step"], len(group.losses), group.loss, deviation,
-            group.interval(), math.exp(group.loss), last["val_bits_per_byte"], last["seconds"]]
-
-
-def ratio_row(budget: float, best: dict[str, Group]) -> list:
-    """sgatlin against the best of the other layers."""
-    ours = best["sgatlin"]
-    rival = min((group for name, group in best.items() if group.cfg.ffn != "sgatlin"),
-                key=lambda group: group.loss)
-    return [f"{budget:g}", math.exp(ours.loss), rival.variant, math.exp(rival.loss),
-            math.exp(ours.loss - rival.loss)]
-
-
 def isoflop_section(runs: list[Path]) -> Section:
-    """Runs that spent equal FLOPs: the losses of layers and sizes, and the seconds to equal loss."""
+    """Runs that spent equal FLOPs: the losses of layers and sizes."""
     logs = [read_log(run) for run in runs]
     check_comparable(logs)
     budgets = group_runs(logs)
     tables = []
-    ratios = []
-    notes = ""
+    rivals = []
     for budget, groups in budgets.items():
         best = best_sizes(groups)
-        rows = [budget_row(group, best[group.variant] is group) for group in groups]
-        tables.append(Table(
-            f"{budget:g} FLOPs: validation loss",
-            ["variant", "best size", "first run", "n_layer x d_model, ffn", "parameters", "active",
-             "tokens", "steps", "seeds", "loss", "sd", "95 % over seeds", "perplexity",
-             "bits per byte", "seconds"], rows))
-        if "sgatlin" in best and any(group.cfg.ffn != "sgatlin" for group in groups):
-            ratios.append(ratio_row(budget, best))
-        machines = set().union(*(group.machines for group in groups))
-        if len(machines) > 1:
-            notes += (f" At {budget:g} FLOPs no seconds are compared: the runs are of "
-                      f"{' and of '.join(sorted(machines))}.")
-        elif races := race(groups):
-            tables.append(Table(
-                f"{budget:g} FLOPs: seconds to equal loss",
-                ["variant", "reaches the final loss of", "loss", "which took", "after", "ratio"],
-                races))
-    if ratios:
-        tables.insert(0, Table("Perplexity of the best sizes", [
-            "FLOPs", "sgatlin", "best rival", "perplexity", "sgatlin / rival"], ratios))
+        rows = []
+        for group in groups:
+            star = "*" if group is best[group.variant] else ""
+            rows.append([group.variant, star, *group.row()])
+        tables.append(Table(f"{budget:g} FLOPs: validation loss", [
+            "variant", "best", "n_layer x d_model, ffn", "first run", "parameters", "active",
+            "tokens", "steps", "seeds", "loss", "over seeds", "perplexity", "bits per byte",
+            "seconds"], rows))
+        if "sgatlin" in best:
+            rivals += rival_rows(budget, best)
+    if rivals:
+        header = ["FLOPs", "rival", "sgatlin", "its", "ratio", "its seconds", "sgatlin's to there"]
+        tables.insert(0, Table("Perplexity of sgatlin and of its rivals, best sizes", header,
+                               rivals))
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the "
         "lowest loss first, in nats per token of validation text after the last step. A star marks "
-        "the best sizes of a variant. Numbers are means over seeds, sd is their standard deviation "
-        "and the interval Student's; seconds are those of the steps, without evaluations. Seconds "
-        "to equal loss are those of the quickest sizes of the first variant and of the best of the "
-        "second: a ratio below 1 means that the first is quicker; where sgatlin never reaches that "
-        "loss the line has it the other way round. A falling learning rate brings a run to its low "
-        "losses only near its end, so a run planned for just that loss would need fewer seconds."
-        f"{notes}", tables, [draw_budgets(budgets)] if go else [])
+        "the best size of a variant. Numbers are means over seeds, with 95 % intervals by "
+        "Student's t where there are several. Beside sgatlin its best rival comes first: a ratio "
+        "below 1 is in sgatlin's favour. Seconds are those of the steps, without evaluations, of "
+        "runs on one machine: what the rival took, and when sgatlin's best size reached that "
+        "loss, - if never. A falling learning rate brings a run to its low losses only near its "
+        "end, so a run planned for just that loss would need fewer.",
+        tables, [draw_budgets(budgets)] if go else [])
 
 
 def draw_budgets(budgets: dict[float, list[Group]]):
@@ -2069,18 +1928,20 @@ def draw_budgets(budgets: dict[float, list[Group]]):
     figure = go.Figure(layout=dict(title="Validation loss at equal FLOPs", height=520))
     figure.update_xaxes(title="FLOPs of training", type="log")
     figure.update_yaxes(title="validation loss")
-    best = {budget: best_sizes(groups) for budget, groups in budgets.items()}
-    variants = sorted({group.variant for groups in budgets.values() for group in groups})
-    for colour, variant in zip(itertools.cycle(COLOURS), variants):
-        chosen = [groups[variant] for groups in best.values() if variant in groups]
-        figure.add_scatter(x=[group.budget for group in chosen], y=[group.loss for group in chosen],
-                           name=variant, legendgroup=variant, mode="lines",
-                           line=dict(color=colour))
-        points = [(group.budget, loss, str(group.run)) for groups in budgets.values()
-                  for group in groups if group.variant == variant for loss in group.losses]
-        x, y, text = zip(*points)
-        figure.add_scatter(x=x, y=y, hovertext=text, name=variant, legendgroup=variant,
-                           showlegend=False, mode="markers",
+    lines = defaultdict(list)
+    points = defaultdict(list)
+    for groups in budgets.values():
+        for variant, group in best_sizes(groups).items():
+            lines[variant].append(group)
+        for group in groups:
+            points[group.variant] += [(group.budget, loss) for loss in group.losses]
+    for colour, variant in zip(itertools.cycle(COLOURS), sorted(lines)):
+        figure.add_scatter(x=[group.budget for group in lines[variant]],
+                           y=[group.loss for group in lines[variant]], name=variant, mode="lines",
+                           legendgroup=variant, line=dict(color=colour))
+        figure.add_scatter(x=[budget for budget, _ in points[variant]],
+                           y=[loss for _, loss in points[variant]], name=variant, mode="markers",
+                           legendgroup=variant, showlegend=False,
                            marker=dict(color=colour, size=6, opacity=0.6))
     return figure
 
@@ -2100,7 +1961,7 @@ def add_isoflop(commands) -> None:
 
 def run_report(args: argparse.Namespace) -> list[Section]:
     """A chapter that lacks something, a log or facts, is left out with the reason."""
-    projection = pick_projection()
+    umap, note = pick_projection()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
     sections = []
@@ -2115,12 +1976,10 @@ def run_report(args: argparse.Namespace) -> list[Section]:
     add(neighbors_section, run, layer, channel, args.prompt)
     classes = context_classes(run)
     add(structure_section, run, layer, channel, classes)
-    add(map_section, run, layer, channel, classes, projection)
+    add(map_section, run, layer, channel, classes, umap, note)
     add(usage_section, run, layer, channel)
     add(patching_section, run, args.template, args.facts)
     add(curves_section, [args.out_dir])
-    for command in ("mimic", "redistribute", "isoflop"):        # what they wrote, if they did
-        sections += read_results(args.out_dir, command)
     return sections
 
 
