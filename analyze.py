@@ -26,7 +26,6 @@ import concurrent.futures
 import contextlib
 import functools
 import html
-import importlib
 import itertools
 import json
 import math
@@ -54,20 +53,20 @@ import kernels
 from model import GPT, MLP, PEER, GPTConfig, Router, SparselyGatedLinear, load_model
 from train import Data, TrainConfig, keep_memory
 
+# Extras are imported before anything is computed. Whatever goes wrong counts as missing: it may be
+# another package of that name, or have a dependency that does not load.
+try:
+    import plotly.graph_objects as go
+    from plotly.offline import get_plotlyjs
+    from plotly.subplots import make_subplots
+    NO_PLOTLY = ""
+except Exception as error:
+    go = None
+    NO_PLOTLY = f"{type(error).__name__}: {error}"
 
-def optional(name: str) -> tuple[object | None, str]:
-    """A package that is an extra and "", or None and why it cannot be used.
 
-    Every failure counts: an import runs code that is not ours, and the package may be another one
-    of that name, or have a dependency that does not load.
-    """
-    try:
-        return importlib.import_module(name), ""
-    except Exception as error:
-        return None, f"import {name}: {type(error).__name__}: {error}"
-
-
-go, NO_PLOTLY = optional("plotly.graph_objects")
+class Mistake(ValueError):
+    """The user's: main prints its one line. Other errors keep their tracebacks."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def jackknife(values: np.ndarray, belongs: np.ndarray) -> Estimate:
     belongs (units, n) says which values are of a unit: a window or a fact. Tokens of one window,
     and pairs with a fact in common, are not independent; units are.
     """
-    if belongs.all(axis=1).any():       # without that unit there is nothing
+    if np.isnan(values).any() or belongs.all(axis=1).any():     # without that unit there is nothing
         return Estimate(None, None)
     units = len(belongs)
     means = np.array([values[~part].mean() for part in belongs])
@@ -163,7 +162,6 @@ def line_charts(title: str, axes: list[tuple[str, str]], lines: dict[str, list[t
 
     lines: {name in the legend: [(x, y) for each chart]}. settings are those of all y axes.
     """
-    from plotly.subplots import make_subplots
     rows = math.ceil(len(axes) / 2)
     figure = make_subplots(rows=rows, cols=min(len(axes), 2))
     figure.update_layout(title=title, height=height * rows)
@@ -212,7 +210,6 @@ def table_html(table: Table) -> str:
 
 def page(title: str, sections: list[Section]) -> str:
     """The report as one HTML page, with plotly.js in it."""
-    from plotly.offline import get_plotlyjs
     links = []
     body = []
     for number, section in enumerate(sections):
@@ -326,19 +323,22 @@ CONTEXT = 8         # tokens, up to the one in question: equal contexts have equ
 class Run:
     """A checkpoint of train.py, its text, and what is recorded of it once.
 
-    ValueErrors are the user's: out_dir holds no checkpoint, or its data is not there any more.
+    Raises Mistake if out_dir holds no checkpoint, or its data is not there any more.
     """
 
     def __init__(self, out_dir: Path, device: str, windows: int):
         self.path = out_dir / "ckpt.pt"
         self.device = device
-        self.model, state = load_model(self.path, device)
+        try:
+            self.model, state = load_model(self.path, device)
+            folder = Path(state["config"]["data_dir"])
+            self.data = Data(folder, self.model.cfg.block_size)
+        except ValueError as error:
+            raise Mistake(str(error)) from None
         self.cfg = self.model.cfg
         self.seed = state["config"]["seed"]
-        folder = Path(state["config"]["data_dir"])
-        self.data = Data(folder, self.cfg.block_size, self.seed)
         if self.data.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise ValueError(f"{folder} is not what {self.path} was trained on: prepare that again")
+            raise Mistake(f"{folder} is not what {self.path} was trained on: prepare that again")
         self.encoding = self.data.encoding
         self.n_windows = windows
 
@@ -383,14 +383,14 @@ class Run:
 
 
 def circuits_of(out_dir: Path, device: str, windows: int) -> Run:
-    """A Run whose gates are circuits. Raises ValueError for other layers."""
+    """A Run whose gates are circuits. Raises Mistake for other layers."""
     run = Run(out_dir, device, windows)
     if run.cfg.ffn != "sgatlin":
-        raise ValueError(f"{run.path} has ffn={run.cfg.ffn}: only the gates of an sgatlin are its "
-                         "circuits")
+        raise Mistake(f"{run.path} has ffn={run.cfg.ffn}: only the gates of an sgatlin are its "
+                      "circuits")
     if run.cfg.softmax_gates or run.cfg.shared_pool:
-        raise ValueError(f"{run.path} has softmax_gates or shared_pool: circuits are read from raw "
-                         "gates and one pool per channel")
+        raise Mistake(f"{run.path} has softmax_gates or shared_pool: circuits are read from raw "
+                      "gates and one pool per channel")
     return run
 
 
@@ -399,7 +399,7 @@ def pick(name: str, value: int | None, count: int, default: int | None) -> int |
     if value is None:
         return default
     if not 0 <= value < count:
-        raise ValueError(f"--{name}={value}: it goes from 0 to {count - 1}")
+        raise Mistake(f"--{name}={value}: it goes from 0 to {count - 1}")
     return value
 
 
@@ -483,8 +483,8 @@ def neighbors_section(run: Run, layer: int, channel: int | None, prompt: str | N
     else:
         ids = run.encoding.encode(prompt, disallowed_special=())
         if not 1 <= len(ids) < run.cfg.block_size:
-            raise ValueError(f"--prompt has {len(ids)} tokens: give it 1 to "
-                             f"{run.cfg.block_size - 1}")
+            raise Mistake(f"--prompt has {len(ids)} tokens: give it 1 to "
+                          f"{run.cfg.block_size - 1}")
         window = torch.tensor([[run.encoding.eot_token, *ids]])
         source = record(run.model, window, "the prompt")
         places = torch.arange(1, len(ids) + 1)
@@ -650,15 +650,14 @@ def structure_section(run: Run, layer: int, channel: int | None, classes: Classe
 # --------------------------------------------------------------------------------------------------
 # map: the circuits in the plane (arXiv 2606.07414, Figure 6)
 
-def pick_projection() -> tuple[Callable | None, str]:
-    """UMAP and "", if it can be imported, which is slow; or None, for PCA, and a note for the map.
-    """
-    umap, reason = optional("umap")
-    if umap and not hasattr(umap, "UMAP"):
-        reason = "the module umap has no UMAP: it is another package"
-    if reason:
-        return None, f" UMAP keeps neighbours together better: pip install umap-learn ({reason})."
-    return umap.UMAP, ""
+def import_umap() -> tuple[Callable | None, str]:
+    """UMAP and "", or None and a note for the map, which PCA draws then. Slow: call it once."""
+    try:
+        from umap import UMAP
+    except Exception as error:
+        return None, (" UMAP keeps neighbours together better: pip install umap-learn "
+                      f"({type(error).__name__}: {error}).")
+    return UMAP, ""
 
 
 def plane(inner: Tensor, umap: Callable | None) -> np.ndarray:
@@ -750,9 +749,9 @@ def draw_map(run: Run, places: list[int], views: dict[str, np.ndarray], classes:
 def run_map(args: argparse.Namespace) -> list[Section]:
     """Structure and map."""
     if not go:
-        raise ValueError(f"a map needs plotly, and is better with UMAP: pip install plotly "
-                         f"umap-learn ({NO_PLOTLY})")
-    umap, note = pick_projection()
+        raise Mistake(f"a map needs plotly, and is better with UMAP: pip install plotly "
+                      f"umap-learn ({NO_PLOTLY})")
+    umap, note = import_umap()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
     classes = context_classes(run)
@@ -953,7 +952,7 @@ class Template:
     def __init__(self, run: Run, text: str):
         before, slot, after = text.partition("{}")
         if not slot or "{}" in after:
-            raise ValueError(f"--template={text!r} needs one {{}}, for the word that differs")
+            raise Mistake(f"--template={text!r} needs one {{}}, for the word that differs")
         self.text = text
         self.prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
         self.suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
@@ -984,13 +983,14 @@ class PairCounts:
         for (word, answer), count in self.pairs.items():
             self.words[word] += count
             self.answers[answer] += count
+        self.total = self.pairs.total()
 
     def fact(self, word: int, answer: int) -> Fact:
         count = self.pairs[word, answer]
         total = self.words[word]
         lift = 0.0
         if count:
-            lift = count / total / self.answers[answer] * self.words.total()
+            lift = count / total / self.answers[answer] * self.total
         return Fact(word, answer, count, total, lift)
 
 
@@ -999,7 +999,7 @@ def find_facts(run: Run, template: Template) -> list[Fact]:
 
     A word is one token of letters. Answers are chosen by how much the word raises them: by count *
     log(lift), the pair's share of the mutual information of words and answers; the highest first.
-    Raises ValueError below three facts: two to patch, and one as a control.
+    Raises Mistake below three facts: two to patch, and one as a control.
     """
     counts = PairCounts(run, template)
     letters = re.compile(template.word_blank + "[A-Za-z]+")
@@ -1016,9 +1016,9 @@ def find_facts(run: Run, template: Template) -> list[Fact]:
             by_answer[fact.answer] = fact
             words.add(fact.word)
     if len(by_answer) < 3:
-        raise ValueError(f"--template={template.text!r} has {len(by_answer)} facts with "
-                         f"{FEWEST_COUNT} occurrences in the training text, of 3 needed: try "
-                         "another template, or give your own with --facts")
+        raise Mistake(f"--template={template.text!r} has {len(by_answer)} facts with "
+                      f"{FEWEST_COUNT} occurrences in the training text, of 3 needed: try "
+                      "another template, or give your own with --facts")
     return list(by_answer.values())[:MOST_FACTS]
 
 
@@ -1032,22 +1032,22 @@ def given_facts(run: Run, template: Template, given: str) -> list[Fact]:
     for entry in re.split(r"[,\n]+", given.strip()):
         word, colon, answer = entry.partition(":")
         if not colon:
-            raise ValueError(f"--facts has {entry!r}, which is not word:answer")
+            raise Mistake(f"--facts has {entry!r}, which is not word:answer")
         tokens = []
         for spelt in (template.word_blank + word.strip(), template.answer_blank + answer.strip()):
             ids = run.encoding.encode_ordinary(spelt)
             if len(ids) != 1:
-                raise ValueError(f"--facts has {spelt!r}, which is {len(ids)} tokens: take words "
-                                 "and answers of one token")
+                raise Mistake(f"--facts has {spelt!r}, which is {len(ids)} tokens: take words "
+                              "and answers of one token")
             tokens += ids
         fact = counts.fact(*tokens)
         for token in (("word", fact.word), ("answer", fact.answer)):
             if token in seen:
-                raise ValueError(f"--facts has the {token[0]} of {entry!r} twice: give it once")
+                raise Mistake(f"--facts has the {token[0]} of {entry!r} twice: give it once")
             seen.add(token)
         facts.append(fact)
     if len(facts) < 3:
-        raise ValueError(f"--facts has {len(facts)} facts, of 3 needed: two, and one as a control")
+        raise Mistake(f"--facts has {len(facts)} facts, of 3 needed: two, and one as a control")
     return facts
 
 
@@ -1076,7 +1076,7 @@ def patched_logits(model: GPT, prompts: Tensor, gates: dict[int, tuple], layers:
 
 
 def preferences(logits: Tensor, answers: Tensor) -> Tensor:
-    """(F, F): in prompt a, the logit of a's answer less that of b's; logits (F, V), answers (F,)."""
+    """(F, F): in prompt a the logit of a's answer less that of b's; logits (F, V), answers (F,)."""
     at_answers = logits[:, answers]
     return at_answers.diagonal()[:, None] - at_answers
 
@@ -1137,8 +1137,8 @@ def patching_section(run: Run, text: str | None, given: str | None) -> Section:
     """The gates of one prompt in another: how far they carry its answer, for all ordered pairs."""
     text = text or TEMPLATES.get(run.data.meta["source"].split()[0])
     if not text:
-        raise ValueError(f"there is no template for data from {run.data.meta['source']}: give one "
-                         "with --template")
+        raise Mistake(f"there is no template for data from {run.data.meta['source']}: give one "
+                      "with --template")
     template = Template(run, text)
     facts = given_facts(run, template, given) if given else find_facts(run, template)
     prompts, p, known, effects, own_change = patching(run, template, facts)
@@ -1315,7 +1315,7 @@ def window_losses(model: GPT, layer: int, windows: tuple[Tensor, Tensor],
 
 
 def imitate(file: Path, kind: str, m: int, name: str) -> tuple[float, np.ndarray]:
-    """Fits a student to one kind of the inputs that save_inputs saved in file.
+    """Fits a student to one kind of the inputs that mimic saved in file.
 
     Returns what it leaves unexplained of those held out, and the losses (W,) with it in place of
     the layer.
@@ -1430,8 +1430,8 @@ def mimic_section(run: Run, layer: int, effort: Effort) -> Section:
 def run_mimic(args: argparse.Namespace) -> list[Section]:
     run = Run(args.teacher or args.out_dir, args.device, args.windows)
     if run.cfg.ffn != "mlp":
-        raise ValueError(f"{run.path} has ffn={run.cfg.ffn}, mimic needs an mlp: python train.py "
-                         "--ffn=mlp --out_dir=out-mlp trains one, then give --teacher=out-mlp")
+        raise Mistake(f"{run.path} has ffn={run.cfg.ffn}, mimic needs an mlp: python train.py "
+                      "--ffn=mlp --out_dir=out-mlp trains one, then give --teacher=out-mlp")
     layer = pick("layer", args.layer, run.cfg.n_layer, run.cfg.n_layer // 2)
     return [mimic_section(run, layer, QUICK if args.quick else FULL)]
 
@@ -1661,10 +1661,10 @@ class Log(NamedTuple):
 
 
 def read_log(run: Path) -> Log:
-    """The log of a run: log.jsonl, or its folder. ValueErrors are the user's."""
+    """The log of a run: log.jsonl, or its folder. Raises Mistake if it is none."""
     path = run if run.suffix == ".jsonl" else run / "log.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: python train.py makes it")
+        raise Mistake(f"{path} is missing: python train.py makes it")
     by_event = defaultdict(list)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         # a kill can cut a line short
@@ -1672,7 +1672,7 @@ def read_log(run: Path) -> Log:
             entry = json.loads(line)
             by_event[entry["event"]].append(entry)
     if not by_event["config"]:
-        raise ValueError(f"{path} is no log of train.py: the settings of a run are missing")
+        raise Mistake(f"{path} is no log of train.py: the settings of a run are missing")
     starts = by_event["config"] + by_event["resume"]
     settings = vars(TrainConfig()) | starts[0]["config"]
     names = GPTConfig.__dataclass_fields__
@@ -1757,7 +1757,7 @@ def machine_of(log: Log) -> str:
 
 
 def check_comparable(logs: list[Log]) -> None:
-    """Raises ValueError if a run did not spend a budget, or two differ by more than model, budget
+    """Raises Mistake if a run did not spend a budget, or two differ by more than model, budget
     and seed."""
     first = None
     seen = {}
@@ -1765,22 +1765,22 @@ def check_comparable(logs: list[Log]) -> None:
         budget = log.settings["flops"]
         steps = log.settings["steps"]
         if not budget:
-            raise ValueError(f"{log.run} was not trained to a budget: python train.py --flops=...")
+            raise Mistake(f"{log.run} was not trained to a budget: python train.py --flops=...")
         done = log.evals[-1]["step"] if log.evals else 0
         if done != steps:
-            raise ValueError(f"{log.run} was last evaluated at step {done}, and its budget is "
-                             f"{steps} steps: give runs that ended there")
+            raise Mistake(f"{log.run} was last evaluated at step {done}, and its budget is "
+                          f"{steps} steps: give runs that ended there")
         recipe = {name: log.settings[name] for name in RECIPE}
         recipe["data"] = log.starts[0].get("data", {}).get("fingerprint")
         first = first or recipe
         for name, value in recipe.items():
             if value != first[name]:
-                raise ValueError(f"{logs[0].run} and {log.run} are not comparable: "
-                                 f"{name}={first[name]} and {value}")
+                raise Mistake(f"{logs[0].run} and {log.run} are not comparable: "
+                              f"{name}={first[name]} and {value}")
         same = (repr(log.cfg), budget, log.settings["seed"])
         if same in seen:
-            raise ValueError(f"{seen[same]} and {log.run} are the same run, with seed="
-                             f"{log.settings['seed']}: give one")
+            raise Mistake(f"{seen[same]} and {log.run} are the same run, with seed="
+                          f"{log.settings['seed']}: give one")
         seen[same] = log.run
 
 
@@ -1961,7 +1961,7 @@ def add_isoflop(commands) -> None:
 
 def run_report(args: argparse.Namespace) -> list[Section]:
     """A chapter that lacks something, a log or facts, is left out with the reason."""
-    umap, note = pick_projection()
+    umap, note = import_umap()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
     sections = []
@@ -1969,7 +1969,7 @@ def run_report(args: argparse.Namespace) -> list[Section]:
     def add(section: Callable, *arguments) -> None:
         try:
             sections.append(section(*arguments))
-        except ValueError as error:
+        except Mistake as error:
             title = section.__name__.removesuffix("_section").capitalize()
             sections.append(Section(f"{title}: left out", f"{error}."))
 
@@ -2098,7 +2098,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nwrote {path} and {pictures} in {seconds:.0f} s", flush=True)
     except BrokenPipeError:     # of `analyze.py ... | head`: all is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
+    except (OSError, Mistake) as error:
         raise SystemExit(f"analyze.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
