@@ -116,7 +116,7 @@ def cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}" if value < 10**11 else f"{value:.3g}"       # the latter are FLOPs
     return value
 
 
@@ -233,9 +233,17 @@ def write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError now, and not after the computing, if results cannot be written there."""
+    while not folder.exists():
+        folder = folder.parent
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def write_results(out_dir: Path, command: str, sections: list[Section]) -> None:
     """COMMAND.json: {title: [text, tables]}; with plotly also COMMAND.html."""
     content = {section.title: [section.text, section.tables] for section in sections}
+    out_dir.mkdir(parents=True, exist_ok=True)
     write(out_dir / f"{command}.json", json.dumps(content, ensure_ascii=False))
     if go:
         write(out_dir / f"{command}.html", page(f"sgatlin: {command} of {out_dir}", sections))
@@ -938,9 +946,9 @@ FEWEST_COUNT = 5    # occurrences that make a fact
 
 
 class Fact(NamedTuple):
-    """A word and its answer, tokens both; in the training text, after the template:"""
-    word: int
-    answer: int
+    """A word and its answer, and what the training text says about them in the template."""
+    word: int           # a token
+    answer: int         # a token
     count: int          # how often the answer follows the word
     total: int          # how often the word occurs
     lift: float         # p(answer | word) / p(answer)
@@ -1353,7 +1361,7 @@ def mimic(run: Run, layer: int, effort: Effort) -> tuple[dict, dict]:
     progress(f"record layer {layer} on {count} + {len(held_out[0])} windows of {T} tokens")
     fit_inputs = []
     held_inputs = []
-    window_losses(model, layer, fitted, fit_inputs.append)      # append returns None: a recording
+    window_losses(model, layer, fitted, fit_inputs.append)      # append returns None: it records
     base = window_losses(model, layer, held_out, held_inputs.append)
     real = torch.cat(fit_inputs).flatten(0, 1)                                  # (N, D)
     held = torch.cat(held_inputs).flatten(0, 1)
@@ -1960,27 +1968,25 @@ def add_isoflop(commands) -> None:
 # report: all chapters about one run
 
 def run_report(args: argparse.Namespace) -> list[Section]:
-    """A chapter that lacks something, a log or facts, is left out with the reason."""
+    """A chapter that lacks something, facts or a log, is left out with the reason."""
     umap, note = import_umap()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
-    sections = []
-
-    def add(section: Callable, *arguments) -> None:
-        try:
-            sections.append(section(*arguments))
-        except Mistake as error:
-            title = section.__name__.removesuffix("_section").capitalize()
-            sections.append(Section(f"{title}: left out", f"{error}."))
-
-    add(neighbors_section, run, layer, channel, args.prompt)
+    neighbors = neighbors_section(run, layer, channel, args.prompt)
+    try:
+        patches = patching_section(run, args.template, args.facts)
+    except Mistake as error:
+        if args.template or args.facts:
+            raise
+        patches = Section("Patching", f"Left out: {error}.")
+    try:
+        curves = curves_section([args.out_dir])
+    except Mistake as error:
+        curves = Section("Curves", f"Left out: {error}.")
     classes = context_classes(run)
-    add(structure_section, run, layer, channel, classes)
-    add(map_section, run, layer, channel, classes, umap, note)
-    add(usage_section, run, layer, channel)
-    add(patching_section, run, args.template, args.facts)
-    add(curves_section, [args.out_dir])
-    return sections
+    return [neighbors, structure_section(run, layer, channel, classes),
+            map_section(run, layer, channel, classes, umap, note),
+            usage_section(run, layer, channel), patches, curves]
 
 
 def add_report(commands) -> None:
@@ -2084,8 +2090,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out_dir).close()    # can it be written? Before computing
+        check_writable(args.out_dir)
         sections = args.run(args)
         write_results(args.out_dir, args.command, sections)
         for section in sections:

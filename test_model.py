@@ -1727,8 +1727,8 @@ def test_report_holds_everything_and_loads_nothing(planted, capsys):
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
     assert list(content) == ["Neighbours", "Do near circuits mean alike?", "Map",
-                             "Usage and co-activation", "Patching", "Curves: left out"]
-    assert "log.jsonl is missing" in content["Curves: left out"][0] and "== Patching ==" in out
+                             "Usage and co-activation", "Patching", "Curves"]
+    assert "log.jsonl is missing" in content["Curves"][0] and "== Patching ==" in out
     assert (planted / "report.html").exists() == bool(analyze.go)
 
 
@@ -2033,7 +2033,7 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     (["patch", "--template=.{}", "--facts=a:A,f:FF"], "has 'FF', which is 2 tokens", 1),
     (["patch", "--template=.{}", "--facts=a:A,f:A"], "has the answer of 'f:A' twice", 1),
     (["patch", "--template=.{}", "--facts=a:A,f:F"], "has 2 facts, of 3 needed", 1),
-    (["patch", "--template=.{}", "--facts=none"], "No such file or directory: 'none'", 1),
+    (["report", "--template=.{}", "--facts=none"], "No such file or directory: 'none'", 1),
     (["curves", "none"], "none/log.jsonl is missing", 1),
     (["usage", "--promt=x"], "unrecognized", 2),
     (["usage", "--windows=1"], "--windows: 1 must be 2 or more", 2),
@@ -2061,6 +2061,7 @@ def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys, m
     text = stop.value.code if code == 1 else capsys.readouterr().err.strip()
     assert text.startswith("analyze.py: ") and message in text and "\n" not in text
     assert code == 1 or stop.value.code == 2
+    assert not Path("nowhere").exists()
 
 
 if __name__ == "__main__":
