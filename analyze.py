@@ -1689,11 +1689,10 @@ def read_log(run: Path) -> Log:
 
 
 def column(evals: list[dict], x: str, y: str) -> tuple[list, list]:
-    """Values of x and y where a log has both; without step 0, which no logarithmic axis can show.
-    """
+    """Values of x and y where a log has both."""
     points = []
     for entry in evals:
-        if entry["step"] and entry.get(x) is not None and entry.get(y) is not None:
+        if entry.get(x) is not None and entry.get(y) is not None:
             points.append((entry[x], entry[y]))
     return [point[0] for point in points], [point[1] for point in points]
 
@@ -1717,11 +1716,12 @@ def curves_section(runs: list[Path]) -> Section:
                                               "val_bits_per_byte")]
         rows.append([str(log.run), log.cfg.ffn, *values])
         name = f"{log.run} ({log.cfg.ffn})"
-        losses[name] = [column(log.evals, x, "val_loss") for x in against]
-        if any(entry.get("used") for entry in log.evals):
+        evals = [entry for entry in log.evals if entry["step"]]     # a logarithmic axis has no 0
+        losses[name] = [column(evals, x, "val_loss") for x in against]
+        if any(entry.get("used") for entry in evals):
             for layer in range(log.cfg.n_layer):
-                usage[f"{log.run}, layer {layer}"] = [layer_column(log.evals, "used", layer),
-                                                      layer_column(log.evals, "gini", layer)]
+                usage[f"{log.run}, layer {layer}"] = [layer_column(evals, "used", layer),
+                                                      layer_column(evals, "gini", layer)]
     figures = []
     if go:
         axes = [(x, "validation loss") for x in against]
@@ -1774,8 +1774,9 @@ def check_comparable(logs: list[Log]) -> None:
         steps = log.settings["steps"]
         if not budget:
             raise Mistake(f"{log.run} was not trained to a budget: python train.py --flops=...")
-        done = log.evals[-1]["step"] if log.evals else 0
-        if done != steps:
+        losses = {entry["step"]: entry.get("val_loss") for entry in log.evals}
+        done = max(losses, default=0)
+        if done != steps or losses[done] is None:
             raise Mistake(f"{log.run} was last evaluated at step {done}, and its budget is "
                           f"{steps} steps: give runs that ended there")
         recipe = {name: log.settings[name] for name in RECIPE}
@@ -1803,9 +1804,10 @@ class Group:
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)
 
-    def mean(self, name: str) -> float:
-        """Of the last evaluations."""
-        return statistics.fmean(log.evals[-1][name] for log in self.logs)
+    def mean(self, name: str) -> float | None:
+        """Of the last evaluations; None where one lacks it."""
+        values = [log.evals[-1].get(name) for log in self.logs]
+        return None if None in values else statistics.fmean(values)
 
     def interval(self) -> Estimate:
         """The mean loss and its 95 % interval over seeds, by Student's t; unknown for one seed."""
@@ -1826,7 +1828,7 @@ class Group:
             total, active = GPT(self.cfg).num_params()
         last = self.logs[0].evals[-1]
         return [f"{self.cfg.n_layer} x {self.cfg.d_model}, {layer_sizes(self.cfg)}",
-                str(self.logs[0].run), total, active, last["tokens"], last["step"],
+                str(self.logs[0].run), total, active, last.get("tokens"), last["step"],
                 len(self.losses), self.loss, self.interval(), math.exp(self.loss),
                 self.mean("val_bits_per_byte"), self.mean("seconds")]
 
@@ -1854,10 +1856,10 @@ def layer_sizes(cfg: GPTConfig) -> str:
 
 def seconds_to(evals: list[dict], loss: float) -> float | None:
     """When the validation loss, linear between evaluations, first reaches a value; None: never."""
-    for before, after in itertools.pairwise(evals):
-        if after["val_loss"] <= loss:
-            share = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    points = zip(*column(evals, "seconds", "val_loss"))
+    for (start, high), (end, low) in itertools.pairwise(points):
+        if low <= loss:
+            return start + (high - loss) / (high - low) * (end - start)
     return None
 
 

@@ -1806,17 +1806,6 @@ def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
     assert left["dense"] > torch.linalg.eigvalsh(covariance)[:8].sum() / covariance.trace() > 0.1
 
 
-def test_costs_of_students():
-    D = 32
-    N = analyze.NEURONS
-    keys = {"dense": 0, "mixture": D * 8 + 8 * N, "sgatlin": D * 8 + 8 * 4 * 2 * 33}
-    neurons = {"dense": 8, "mixture": 4 + N, "sgatlin": N}
-    for name in analyze.STUDENTS:
-        student = analyze.make_student(name, 8, D)
-        assert analyze.parameters(student) == keys[name] + 2 * neurons[name] * D
-        assert student.flops() == 2 * keys[name] + 4 * 8 * D
-
-
 def dense_run(folder, planted):
     """The run planted, as one of an mlp, in another folder."""
     state = load_checkpoint(planted / "ckpt.pt")
