@@ -117,14 +117,14 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + 1e-6) * scale, in float32; the output has autocast's dtype."""
+    """x / sqrt(mean(x**2) + 1e-6) * scale, in the dtype of scale (float32); the output has autocast's dtype."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.scale.shape, self.scale, eps=1e-6)
+        y = F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-6)
         kind = x.device.type
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
@@ -257,6 +257,9 @@ class SparselyGatedLinear(nn.Module):
     shared_pool undo two of its changes to PEER.
     """
 
+    settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation", "softmax_gates",
+                "shared_pool")
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.act = ACTIVATION[cfg.activation]
@@ -286,6 +289,8 @@ class SparselyGatedLinear(nn.Module):
 class PEER(nn.Module):
     """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (arXiv 2407.04153)."""
 
+    settings = "n_channels", "n_experts", "top_k", "d_key"
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.router = Router(cfg, "product_key")
@@ -313,6 +318,8 @@ def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
 
 
 class SwiGLU(nn.Module):
+    settings = ("d_ff",)
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         D, F_ = cfg.d_model, cfg.d_ff
@@ -332,6 +339,8 @@ class MoE(nn.Module):
     Each expert runs on its own tokens only. No load-balancing loss, as in the paper's baseline.
     """
 
+    settings = "n_experts", "top_k", "d_ff"
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         E, D, F_ = cfg.n_experts, cfg.d_model, cfg.d_ff
@@ -343,7 +352,7 @@ class MoE(nn.Module):
     @torch.compiler.disable  # the tokens of an expert are counted on the host
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])                                   # (N, D)
-        p, ids = self.gate(flat).float().softmax(dim=-1).topk(self.top_k)   # (N, k)
+        p, ids = self.gate(flat).to(self.w1.dtype).softmax(dim=-1).topk(self.top_k)     # (N, k)
         order = ids.flatten().argsort(stable=True)                          # (token, choice) pairs by expert
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
         y = torch.zeros_like(flat)
@@ -360,6 +369,8 @@ class MoE(nn.Module):
 
 class MLP(nn.Module):
     """gelu(x @ W1) @ W2, the tanh form of gelu."""
+
+    settings = ("d_ff",)
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -417,7 +428,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, self.rope[:, start:end], layer, cache)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(self.norm(x).float(), self.embedding.weight)      # (B, T, V)
+            logits = F.linear(self.norm(x).to(x.dtype), self.embedding.weight)      # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

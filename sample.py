@@ -91,14 +91,14 @@ def read_prompt(prompt: str | None) -> str:
     if not prompt.startswith("FILE:"):
         return prompt
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
+        with open(prompt[5:], encoding="utf-8-sig", newline="") as file:     # as prepare_data.py reads it
+            return file.read()
     except UnicodeDecodeError:
         raise ValueError(f"{prompt}: the file is not UTF-8 text") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         model, encoding = load_model(args.out_dir / "ckpt.pt", device)
@@ -121,4 +121,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     main()

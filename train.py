@@ -26,6 +26,7 @@ import platform
 import re
 import shutil
 import signal
+import sys
 import time
 import typing
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 import prepare_data
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import FFN, GPT, GPTConfig, load_checkpoint, save_checkpoint
 from sample import stream
 
 
@@ -68,7 +69,6 @@ class TrainConfig(GPTConfig):
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bfloat16 on GPUs
     compile: bool = True            # run the model through torch.compile
-    fused: bool = True              # AdamW as one kernel
     zero: bool = False              # shard AdamW's state, by whole tensors, over the processes of torchrun
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class TrainConfig(GPTConfig):
 CPU_PRESET = dict(block_size=256, d_model=128, batch_size=8, micro_batch_size=8, steps=1100, warmup_steps=50,
                   learning_rate=6e-3, eval_interval=100, eval_sequences=64, compile=False)
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size", "eval_interval",
-             "log_interval", "device", "dtype", "compile", "fused", "zero"}  # may change in a resumed run
+             "log_interval", "device", "dtype", "compile", "zero"}  # may change in a resumed run
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -132,10 +132,16 @@ def make_config(given: dict, device: str) -> TrainConfig:
     return TrainConfig(**(preset | ladder | given))
 
 
+def idle_settings(given: dict, ffn: str) -> list[str]:
+    """Of the settings given, those of other feedforward layers, which change nothing in this one."""
+    used = getattr(FFN[ffn], "settings", given)
+    others = set().union(*(getattr(layer, "settings", ()) for layer in FFN.values()))
+    return [name for name in given if name in others and name not in used]
+
+
 def resume_config(given: dict, saved: dict) -> TrainConfig:
     """The settings of the checkpoint with those given that may change. Raises ValueError for the others."""
-    if unknown := saved.keys() - TrainConfig.__dataclass_fields__.keys():
-        raise ValueError("the checkpoint is of a train.py with other settings: " + ", ".join(sorted(unknown)))
+    saved = {name: value for name, value in saved.items() if name in TrainConfig.__dataclass_fields__}
     saved = dataclasses.asdict(TrainConfig()) | saved   # a setting newer than the checkpoint has its default
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
@@ -151,13 +157,14 @@ class Processes:
     """The processes of this run (one, or those torchrun started) and this one's place among them."""
 
     def __init__(self, device: str):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device)
+        self.rank, self.world, self.device = 0, 1, torch.device(device)
+        launched = dist.is_torchelastic_launched()      # by torchrun: nothing else in the environment counts
         if device == "cuda":
-            self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device(device, dist.get_node_local_rank() if launched else 0)
             torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
+        if launched:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """The sum of each value over the processes, in float64."""
@@ -186,8 +193,10 @@ class Data:
             ranks, pat_str = (self.folder / "tokenizer.tiktoken").read_text(), self.meta["pat_str"]
             self.tokenizer = dict(ranks=ranks, pat_str=pat_str)
             self.encoding = prepare_data.load_tokenizer(ranks, pat_str)
-            sizes = {part: ((self.folder / f"{part}.bin").stat().st_size, self.meta[f"{part}_tokens"])
-                     for part in ("train", "val")}
+            # kept open: prepare_data.py may replace them by others during the run
+            self.files = {part: open(self.folder / f"{part}.bin", "rb") for part in ("train", "val")}
+            sizes = {part: (os.fstat(file.fileno()).st_size, self.meta[f"{part}_tokens"])
+                     for part, file in self.files.items()}
             item = np.dtype(self.meta["dtype"]).itemsize
             if (self.encoding.n_vocab != self.meta["vocab_size"]
                     or {"fingerprint", "val_bytes"} - self.meta.keys()):
@@ -207,8 +216,8 @@ class Data:
 
     def windows(self, part: str, starts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(starts), T) int64 each, of the windows that begin at these tokens."""
-        # opened anew each time: a long-lived map would count all the pages it has touched as memory in use
-        tokens = np.memmap(self.folder / f"{part}.bin", dtype=self.meta["dtype"], mode="r")
+        # mapped anew each time: a long-lived map would count all the pages it has touched as memory in use
+        tokens = np.memmap(self.files[part], dtype=self.meta["dtype"], mode="r")
         rows = np.stack([tokens[s:s + self.cfg.block_size + 1] for s in starts]).astype(np.int64)
         if rows.max() >= self.cfg.vocab_size:
             raise ValueError(f"{self.folder / part}.bin holds token {rows.max()}, beyond "
@@ -283,7 +292,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
     AdamW = ShardedAdamW if cfg.zero else torch.optim.AdamW
-    return AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=cfg.fused)
+    return AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 def choose(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, bool, list[str]]:
     """The dtype of the matmuls, whether to compile, and the lines that say what runs and why."""
     cuda = device.type == "cuda"
-    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    has_bf16 = cuda and torch.cuda.get_device_capability(device) >= (8, 0)      # older ones emulate it
     dtype, why = torch.float32, "bfloat16 pays on GPUs that have it"
     if has_bf16:
         dtype, why = torch.bfloat16, "the GPU has it"
@@ -498,10 +507,11 @@ def start_log(run: Run, resumed: bool) -> None:
 
 @contextlib.contextmanager
 def signals_noted() -> typing.Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM stop nothing: they are added to the list."""
+    """Within it SIGINT, SIGTERM and SIGHUP (a closed terminal) stop nothing: they are added to the list."""
     told = []
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}    # Windows has no SIGHUP
     before = {number: signal.signal(number, lambda number, _: told.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in numbers if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
     try:
         yield told
     finally:
@@ -574,7 +584,9 @@ def prepare(given: dict, device: str) -> Run:
     if cfg.vocab_size < data.meta["vocab_size"]:
         raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the {data.meta['vocab_size']} of "
                          f"{cfg.data_dir}")
-    return Run(cfg, processes, data, saved)
+    run = Run(cfg, processes, data, saved)
+    run.setup += [f"note     --{name} changes nothing with ffn={cfg.ffn}" for name in idle_settings(given, cfg.ffn)]
+    return run
 
 
 def finish(run: Run) -> None:
@@ -609,7 +621,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_flush_denormal(True)      # AdamW's moments of unused neurons become denormals, slow on CPUs
     torch.set_float32_matmul_precision("high")
     try:
-        run = prepare(given, device)
+        try:        # a mistake of the user is one line; what goes wrong later keeps its traceback
+            run = prepare(given, device)
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"train.py: {error}\n")
         run.report()
         resumed = given.get("resume", False)
         start_log(run, resumed)
@@ -622,12 +637,8 @@ def main(argv: list[str] | None = None) -> None:
             run.processes.print(f"stopped and saved at step {run.step}; to continue: "
                                 f"python train.py --out_dir={run.cfg.out_dir} --resume")
             raise SystemExit(130)
-    except ValueError as error:
-        parser.exit(2, f"train.py: {error}\n")
-    except OSError as error:
-        raise SystemExit(f"train.py: {error}") from None
-    except (MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the sizes of "
                          "the model") from None
@@ -639,4 +650,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     main()
