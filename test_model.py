@@ -1788,7 +1788,7 @@ def test_planted_usage_and_coactivation(planted):
     assert analyze.different_subkeys(ids, 4) == [2.5, 1.5]
 
 
-def test_planted_patches_have_their_effects(planted):
+def test_planted_patches_have_their_effects(planted, tmp_path):
     run = analyze.circuits_of(planted, "cpu", 2)
     template = analyze.Template(run, ".{}")
     assert (template.prefix, template.suffix) == ([ord(".")], [])
@@ -1796,8 +1796,10 @@ def test_planted_patches_have_their_effects(planted):
     assert [(chr(fact.word), chr(fact.answer), fact.count, fact.total) for fact in found] == [
         ("f", "F", 6, 6), ("k", "K", 6, 6), ("a", "A", 6, 6)]
     assert [fact.lift for fact in found] == pytest.approx([22 / 6, 22 / 6, 22 / 10])
-    given = analyze.given_facts(run, template, "f:F, k:K\na:A")
-    assert given == found
+    (tmp_path / "facts").write_text("k:K\n a : A\n")
+    assert analyze.given_facts(run, template, "f:F, k:K\na:A") == found
+    with pytest.raises(analyze.Mistake, match="has 2 facts, of 3 needed"):
+        analyze.given_facts(run, template, str(tmp_path / "facts"))
     section = analyze.patching_section(run, ".{}", None)
     assert "own gates, which change 0 at most" in section.text
     for row in section.tables[0].rows:
