@@ -9,9 +9,7 @@ import collections
 import dataclasses
 import errno
 import gzip
-import html
 import http.server
-import importlib.util
 import itertools
 import json
 import math
@@ -39,10 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and __name__ != "__main__":  # Triton reads it where kernels are defined
     os.environ["TRITON_INTERPRET"] = "1"
 
-try:
-    import analyze
-except ImportError:
-    analyze = None
+import analyze
 import kernels
 import prepare_data
 import sample
@@ -1819,7 +1814,7 @@ def planted(tmp_path_factory):
     for _ in range(16):     # two of each letter in a window
         letters += "".join(rng.permutation(list("abcdefgh")))
     (folder / "text").mkdir()
-    (folder / "text/doc.txt").write_text("x")
+    (folder / "text/doc.txt").write_text("some text\n" * 100)
     meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
     training = ".aA.fF.kK" * 6 + ".pA" * 4
     for part, text in (("train", training), ("val", letters + "a")):
