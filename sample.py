@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The text of --prompt; of a file, as prepare_data.py reads it. Raises ValueError or OSError."""
+    """The text of --prompt; a file is read as prepare_data.py does. Raises ValueError, OSError."""
     if prompt is None:
         return input("prompt> ") if sys.stdin and sys.stdin.isatty() else ""
     if not prompt.startswith("FILE:"):
