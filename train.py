@@ -722,7 +722,7 @@ def build_model(cfg: TrainConfig, saved: dict | None,
                 device: torch.device) -> tuple[GPT, torch.optim.Optimizer]:
     """The model and its optimizer, new or as in the checkpoint, sharded if the settings say so."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg).to(device)
+    model = GPT(cfg)
     if saved:
         try:
             model.load_state_dict(saved["model"])
@@ -730,7 +730,8 @@ def build_model(cfg: TrainConfig, saved: dict | None,
             fail(f"the checkpoint in {cfg.out_dir} holds another model than model.py makes of its "
                  "settings")
     if cfg.shard:
-        shard(model, device)
+        shard(model, device)        # first, for the whole model may not fit on one device
+    model.to(device)
     optimizer = make_optimizer(model, cfg)
     if saved:
         load_optimizer(saved["optimizer"], model, optimizer)
