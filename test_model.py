@@ -1025,7 +1025,8 @@ def test_full_disk_leaves_the_old_data(tmp_path, monkeypatch):
         def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(prepare_data, "open", raising=False,
-                        value=lambda path, mode: Full() if path.name == "val.bin" else open(path, mode))
+                        value=lambda path, mode, **options:
+                        Full() if path.name == "val.bin" else open(path, mode, **options))
     with pytest.raises(OSError, match="No space left on device: .*out is as it was"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=280)
     assert files_of(tmp_path / "out") == before
