@@ -1,26 +1,33 @@
-"""A GPT whose feedforward layers are sparsely gated tiny linear experts (sgatlin, arXiv 2606.07414).
+"""A GPT with sparsely gated tiny linear experts as its feedforward layers (sgatlin, 2606.07414).
 
-Every channel c has its own pool of E linear neurons. A router gives each token k of them, with scores g:
+Every channel c has a pool of E linear neurons of its own. A router gives each token x the ids i of
+k of them, with scores g, and the layer adds up what these neurons say:
 
     y = sum_c sum_j  g_cj * <w_in[c, i_cj], x> * w_out[c, i_cj]
 
-There is no nonlinearity and no softmax: given the gates the layer is linear in x, so its circuit can be read
-from the gates alone. The four baselines of the paper (peer, moe, swiglu, mlp) stand beside it. Semantics,
-initialisation and FLOP counts follow the paper's JAX code; test_model.py holds them to its numbers.
+There is no nonlinearity and no softmax: given its gates g the layer is linear in x, so what it
+computes can be read from the gates. The paper's four baselines (peer, moe, swiglu, mlp) stand
+beside it. Semantics, initialisation and FLOP counts follow the paper's JAX code, and test_model.py
+holds them to its numbers.
 
-The output of a Router is (gates, ids). A forward hook on it records the routing, and a hook that returns
-other gates intervenes on it.
+Read SparselyGatedLinear first, then Router, then GPT. The output of a Router is (gates, ids): a
+forward hook on it records the routing, and a hook that returns other gates intervenes on it.
 
-Letters: B batch, T time, N = B*T tokens, V vocabulary, L layers, D d_model, H heads, Dh d_head,
-C channels, E neurons per channel, n = sqrt(E) sub-keys, k top_k, K d_key, F d_ff.
+Letters: B batch, T time, S time with a cache, N = B*T tokens, V vocabulary, D d_model, H heads,
+Dh d_head, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top_k, K d_key, F d_ff,
+P pools of neurons (C, or one that is shared), R = P*E rows of a table of neurons.
 """
+import codecs
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+import pickle
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,74 +37,80 @@ import kernels
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 8192    # tokens in the vocabulary
-    block_size: int = 1024    # longest context, in tokens
-    n_layer: int = 4          # transformer blocks
-    d_model: int = 256        # width of the residual stream; a multiple of d_head
-    d_head: int = 64          # width of an attention head; even
-    ffn: Literal["sgatlin", "peer", "moe", "swiglu", "mlp"] = "sgatlin"  # the feedforward layer
-    d_ff: int = 0             # hidden width of mlp, swiglu and each expert of moe; 0: 4 * d_model
-    n_experts: int = 0        # neurons per channel (sgatlin), in all (peer), experts (moe); 0: 1024, moe 8
-    n_channels: int = 8       # independent choices of top_k per token; sgatlin, peer
-    top_k: int = 0            # neurons per token and channel, or experts per token (moe); 0: 8, moe 2
-    d_key: int = 128          # width of the router's queries and keys
-    router: Literal["product_dense", "product_key", "dense", "key"] = "product_dense"  # sgatlin; see Router
-    activation: Literal["identity", "gelu", "relu", "swish"] = "identity"  # after the gate; sgatlin
-    softmax_gates: bool = False  # gates of a channel through softmax, as in PEER; sgatlin
-    shared_pool: bool = False    # one pool of neurons for all channels, as in PEER; sgatlin
-    norm: bool = True         # RMSNorm before every layer, on queries and keys, and at the end
+    vocab_size: int = 8192          # tokens in the vocabulary
+    block_size: int = 1024          # longest context, in tokens
+    n_layer: int = 4                # transformer blocks
+    d_model: int = 256              # width of the residual stream; a multiple of d_head
+    d_head: int = 64                # width of an attention head; even
+    ffn: str = "sgatlin"            # the feedforward layer: sgatlin, peer, moe, swiglu or mlp
+    d_ff: int = 0                   # hidden width of mlp, swiglu, an expert of moe; 0: 4 * d_model
+    n_experts: int = 0              # neurons per channel (peer: in all), 0: 1024; moe 0: 8
+    n_channels: int = 8             # independent choices of top_k per token; sgatlin, peer
+    top_k: int = 0                  # neurons per token and channel, 0: 8; experts of moe, 0: 2
+    d_key: int = 128                # width of the router's queries and keys; sgatlin, peer
+    router: str = "product_dense"   # product_dense, product_key, dense or key, see Router; sgatlin
+    activation: str = "identity"    # after the gate: identity, gelu, relu or swish; sgatlin
+    softmax_gates: bool = False     # gates of a channel through softmax, as in PEER; sgatlin
+    shared_pool: bool = False       # one pool of neurons for all channels, as in PEER; sgatlin
+    norm: bool = True               # RMSNorm before all layers, on queries and keys, at the end
 
     def __post_init__(self):
-        moe = self.ffn == "moe"
+        for name, choices in (("ffn", FFN), ("router", ROUTERS), ("activation", ACTIVATIONS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
+        is_moe = self.ffn == "moe"
         self.d_ff = self.d_ff or 4 * self.d_model
-        self.n_experts = self.n_experts or (8 if moe else 1024)
-        self.top_k = self.top_k or (2 if moe else 8)
-        for name, value in vars(self).items():
-            if name in GPTConfig.__annotations__ and type(value) is int and value < 1:
-                raise ValueError(f"{name}={value} must be positive")
-        for name, choices in (("ffn", FFN), ("router", ROUTERS), ("activation", ACTIVATION)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        self.n_experts = self.n_experts or (8 if is_moe else 1024)
+        self.top_k = self.top_k or (2 if is_moe else 8)
+        for field in dataclasses.fields(GPTConfig):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name}={value} must be positive")
         if self.d_head % 2 or self.d_model % self.d_head:
             raise ValueError(f"d_head={self.d_head} must be even and divide d_model={self.d_model}")
-        if self.ffn != "sgatlin" and (self.softmax_gates or self.shared_pool):
-            raise ValueError(f"softmax_gates and shared_pool are for ffn=sgatlin, not for ffn={self.ffn}")
-        if self.ffn in ("sgatlin", "peer"):
-            product = self.ffn == "peer" or self.router.startswith("product")
-            n = math.isqrt(self.n_experts)
-            if product and n * n != self.n_experts:
-                raise ValueError(f"n_experts={self.n_experts} must be a square for product keys: "
-                                 f"take {n * n} or {(n + 1) ** 2}")
-            if self.top_k >= (n if product else self.n_experts):
-                keys = f"{n} sub-keys" if product else f"{self.n_experts} keys"
-                raise ValueError(f"top_k={self.top_k} must be less than the {keys} of "
-                                 f"n_experts={self.n_experts}: lower top_k")
-        if moe and self.top_k > self.n_experts:
+        if is_moe and self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
+        if self.ffn in ("sgatlin", "peer"):
+            self._check_keys()
+
+    def _check_keys(self):
+        """Raises ValueError if the router cannot choose top_k of n_experts neurons."""
+        n_keys, keys = self.n_experts, "keys"
+        if self.ffn == "peer" or self.router.startswith("product"):
+            n_keys, keys = math.isqrt(self.n_experts), "sub-keys"
+            if n_keys ** 2 != self.n_experts:
+                raise ValueError(f"n_experts={self.n_experts} must be a square for product keys: "
+                                 f"take {n_keys ** 2} or {(n_keys + 1) ** 2}")
+        if self.top_k >= n_keys:
+            raise ValueError(f"top_k={self.top_k} must be less than the {n_keys} {keys} of "
+                             f"n_experts={self.n_experts}: lower top_k")
 
     @classmethod
     def ladder(cls, ffn: str, scale: int, **overrides) -> "GPTConfig":
         """The paper's model of one scale (1, 2, ...): d_model 128 s, 2 s layers (its Listing 2)."""
         d_model = 128 * scale
+        d_ff = int(8 / 3 * d_model / 256) * 256
         sizes = {
             "sgatlin": dict(n_experts=(16 + 12 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
             "peer": dict(n_experts=(32 + 24 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
             "moe": dict(n_experts=16, top_k=2, d_ff=d_model),
-            "swiglu": dict(d_ff=int(8 / 3 * d_model / 256) * 256),
-            "mlp": dict(d_ff=int(8 / 3 * d_model / 256) * 256),
+            "swiglu": dict(d_ff=d_ff),
+            "mlp": dict(d_ff=d_ff),
         }
         if ffn not in sizes or scale < 1:
-            raise ValueError(f"the ladder has no ffn={ffn!r} at scale={scale}: scales are 1, 2, ...")
-        return cls(**(dict(vocab_size=50258, ffn=ffn, d_model=d_model, d_head=64, n_layer=2 * scale)
-                      | sizes[ffn] | overrides))
+            raise ValueError(f"the ladder has no ffn={ffn!r} at scale={scale}: take 1, 2, ...")
+        shared = dict(vocab_size=50258, ffn=ffn, d_model=d_model, d_head=64, n_layer=2 * scale)
+        return cls(**(shared | sizes[ffn] | overrides))
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # building blocks
 
 def lecun_normal(*shape: int, fan_in: int) -> nn.Parameter:
-    """A parameter of variance 1 / fan_in, from a normal distribution cut at two standard deviations."""
-    std = fan_in ** -0.5 / 0.87962566103423978  # the standard deviation that the cut leaves of a unit normal
+    """A parameter of variance 1 / fan_in, normal but cut at two standard deviations."""
+    # The cut leaves a unit normal this standard deviation, for which the scale makes up.
+    std = fan_in ** -0.5 / 0.87962566103423978
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std))
 
 
@@ -117,16 +130,17 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + 1e-6) * scale, in float32; the output has autocast's dtype."""
+    """x / sqrt(mean(x**2) + 1e-6) * scale, in scale's dtype (float32), then cast to autocast's."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.scale.shape, self.scale, eps=1e-6)
-        kind = x.device.type
-        return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
+        y = F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-6)
+        if torch.is_autocast_enabled(x.device.type):
+            y = y.to(torch.get_autocast_dtype(x.device.type))
+        return y
 
 
 def make_norm(cfg: GPTConfig, width: int) -> nn.Module:
@@ -134,14 +148,14 @@ def make_norm(cfg: GPTConfig, width: int) -> nn.Module:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, H, T, Dh) by rope (2, T, Dh/2), cosines and sines; by halves."""
+    """Rotary positions for x (B, H, T, Dh), by halves; rope (2, T, Dh/2): cosines and sines."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)                                   # (B, H, T, Dh/2)
+    a, b = x.chunk(2, dim=-1)                                           # (B, H, T, Dh/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class KVCache:
-    """Keys and values of the tokens a model has seen, per layer."""
+    """Keys and values of the tokens that a model has seen, per layer."""
 
     def __init__(self):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -152,7 +166,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds k and v (B, H, T, Dh) and returns all keys and values so far, (B, H, S, Dh)."""
         if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
+            old_k, old_v = self.layers[layer]
+            k = torch.cat((old_k, k), dim=2)
+            v = torch.cat((old_v, v), dim=2)
         self.layers[layer] = k, v
         return k, v
 
@@ -163,21 +179,25 @@ class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.d_head = cfg.d_head
-        self.qkv = Linear(cfg.d_model, 3 * cfg.d_model)         # rows: all queries, all keys, all values
+        self.qkv = Linear(cfg.d_model, 3 * cfg.d_model)     # rows: queries, keys, values
         self.out = Linear(cfg.d_model, cfg.d_model)
         self.q_norm = make_norm(cfg, cfg.d_head)
         self.k_norm = make_norm(cfg, cfg.d_head)
 
-    def forward(self, x: Tensor, rope: Tensor, layer: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, layer: int = 0,
+                cache: KVCache | None = None) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, -1, self.d_head).permute(2, 0, 3, 1, 4)   # 3 of (B, H, T, Dh)
+        qkv = self.qkv(x).view(B, T, 3, -1, self.d_head)                # (B, T, 3, H, Dh)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, Dh) each
         q = rotate(self.q_norm(q), rope).to(v.dtype)
         k = rotate(self.k_norm(k), rope).to(v.dtype)
-        mask = None
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                    # (B, H, S, Dh)
-            mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = cache.append(layer, k, v)                            # (B, H, S, Dh)
+            S = k.shape[2]
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
     def flops(self, T: int) -> int:
@@ -185,32 +205,45 @@ class Attention(nn.Module):
         return self.qkv.flops() + self.out.flops() + 4 * T * self.out.weight.shape[0]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# feedforward layers: (B, T, D) -> (B, T, D), and flops() of one token, forward matmuls only
+# --------------------------------------------------------------------------------------------------
+# feedforward layers: forward (B, T, D) -> (B, T, D), flops() of one token, forward matmuls only,
+# and settings: the fields of GPTConfig that the layer reads beside d_model
 
 ROUTERS = ("product_dense", "product_key", "dense", "key")
-ACTIVATION = {"identity": lambda a: a, "gelu": lambda a: F.gelu(a, approximate="tanh"), "relu": F.relu,
-              "swish": F.silu}
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"identity": identity, "gelu": gelu, "relu": F.relu, "swish": F.silu}
 
 
 class Router(nn.Module):
-    """Chooses k of E neurons for every token and channel: (N, D) -> gates (N, C, k), ids (N, C, k) int32.
+    """Chooses k of E neurons for every token and channel: (N, D) -> gates, ids, (N, C, k) each.
 
-    gates are the raw scores, signed and descending; ids lie in [0, E).
-    dense   one query per token, shared by the channels: scores = keys @ (query @ x).
-    key     one query per token and channel (and half), scores scaled by 1 / sqrt(width).
-    product_*  two lists of n scores instead of one of E; neuron a*n + b scores first[a] + second[b].
+    gates are the raw scores, signed and descending; ids are int32 in [0, E).
+    dense      one query per token, shared by the channels: scores = keys @ (query @ x).
+    key        a query per token, channel and part; scores are scaled by 1 / sqrt(width).
+    product_*  two parts, lists of n scores each; neuron a*n + b scores first[a] + second[b].
     product_dense is sgatlin's (its eq. 1), product_key is PEER's.
     """
 
     def __init__(self, cfg: GPTConfig, kind: str):
         super().__init__()
         self.product = kind.startswith("product")
-        self.shared = kind.endswith("dense")
+        self.shared_query = kind.endswith("dense")
         self.top_k = cfg.top_k
-        C, K, parts = cfg.n_channels, cfg.d_key, 2 if self.product else 1
-        n = math.isqrt(cfg.n_experts) if self.product else cfg.n_experts
-        if self.shared:
+        C, K = cfg.n_channels, cfg.d_key
+        if self.product:
+            parts, n = 2, math.isqrt(cfg.n_experts)
+        else:
+            parts, n = 1, cfg.n_experts
+        if self.shared_query:
             self.query = Linear(cfg.d_model, K)
             self.keys = lecun_normal(C, parts, n, K, fan_in=K)
         else:
@@ -221,7 +254,7 @@ class Router(nn.Module):
         """(N, D) -> (N, C, parts, n): the similarities of each token's query to the (sub-)keys."""
         C, parts, n, K = self.keys.shape
         q = self.query(x)
-        if self.shared:
+        if self.shared_query:                                           # q (N, K)
             return F.linear(q, self.keys.view(-1, K)).view(-1, C, parts, n)
         q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
         return torch.einsum("ncpk,cpmk->ncpm", q, self.keys)
@@ -237,54 +270,64 @@ class Router(nn.Module):
         return self.query.flops() + 2 * self.keys.numel()
 
 
-def selected_neurons(x: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor,
-                     act: Callable[[Tensor], Tensor]) -> Tensor:
-    """y[n] = sum_j a[n, j] * w_out[ids[n, j]], a = act(u), u[n, j] = <w_in[ids[n, j]], x[n]>.
+def as_table(pools: Tensor, x: Tensor) -> Tensor:
+    """The neurons (..., E, D) of all pools as one table (R, D), ready to be gathered for x."""
+    table = pools.view(-1, pools.shape[-1])
+    # In bfloat16 a GPU gathers half the bytes. A CPU adds in float32 and would only convert back.
+    return table.to(x.dtype) if x.is_cuda else table
 
-    x (N, D), ids (N, J) int32, tables (R, D), act (N, J) -> (N, J); returns (N, D).
-    """
-    if x.is_cuda:  # in bf16 a GPU gathers half the bytes; a CPU adds in float32 and would only convert back
-        w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
-    by_row = kernels.transpose_index(ids, len(w_in)) if torch.is_grad_enabled() else None
-    u = kernels.gather_dot(x, w_in, ids, by_row)
-    return kernels.gather_sum(act(u), w_out, ids, by_row)
+
+def sort_by_row(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What the gradients of both tables need: computed once, and only where there are gradients."""
+    return kernels.transpose_index(rows, len(table)) if torch.is_grad_enabled() else None
 
 
 class SparselyGatedLinear(nn.Module):
     """y = sum_c sum_j g_cj <w_in[c, i_cj], x> w_out[c, i_cj] (arXiv 2606.07414, eq. 2).
 
-    Ablations: an activation other than identity (its Table 1) is applied to g * <w_in, x>; softmax_gates and
-    shared_pool undo two of its changes to PEER.
+    Ablations: an activation other than identity (its Table 1) is applied to g <w_in, x>;
+    softmax_gates and shared_pool undo two of its changes to PEER.
     """
+
+    settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation",
+                "softmax_gates", "shared_pool")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.act = ACTIVATION[cfg.activation]
-        self.softmax = cfg.softmax_gates
+        self.act = ACTIVATIONS[cfg.activation]
+        self.softmax_gates = cfg.softmax_gates
         self.router = Router(cfg, cfg.router)
-        shape = 1 if cfg.shared_pool else cfg.n_channels, cfg.n_experts, cfg.d_model
-        self.w_in = lecun_normal(*shape, fan_in=cfg.n_experts)
-        self.w_out = lecun_normal(*shape, fan_in=cfg.n_experts)
+        P = 1 if cfg.shared_pool else cfg.n_channels
+        self.w_in = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
+        self.w_out = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        P, E, D = self.w_in.shape                                           # P = C pools, or one
-        flat = x.reshape(-1, D)                                             # (N, D)
-        gates, ids = self.router(flat)                                      # (N, C, k)
-        if self.softmax:
+        P, E, D = self.w_in.shape
+        flat = x.reshape(-1, D)                                         # (N, D)
+        gates, ids = self.router(flat)                                  # (N, C, k) each
+        if self.softmax_gates:
             gates = gates.softmax(dim=-1)
-        first = torch.arange(0, P * E, E, dtype=ids.dtype, device=ids.device)   # first row of each pool
-        rows = (ids + first[:, None]).flatten(1)                            # (N, C*k)
-        y = selected_neurons(flat, rows, self.w_in.view(-1, D), self.w_out.view(-1, D),
-                             lambda u: self.act(gates.flatten(1) * u))
+        first = torch.arange(P, dtype=ids.dtype, device=ids.device) * E     # first row of each pool
+        rows = (ids + first[:, None]).flatten(1)                        # (N, C*k)
+        gates = gates.flatten(1)                                        # (N, C*k)
+        w_in = as_table(self.w_in, flat)                                # (R, D)
+        w_out = as_table(self.w_out, flat)                              # (R, D)
+        by_row = sort_by_row(rows, w_in)
+
+        u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, C*k)  <w_in, x>
+        a = self.act(gates * u)                                         # (N, C*k)
+        y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
         return y.view_as(x)
 
     def flops(self) -> int:
-        C, D = self.router.keys.shape[0], self.w_in.shape[2]
+        C, D = self.router.keys.shape[0], self.w_in.shape[-1]
         return self.router.flops() + 4 * C * self.router.top_k * D
 
 
 class PEER(nn.Module):
-    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (arXiv 2407.04153)."""
+    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (2407.04153)."""
+
+    settings = ("n_channels", "n_experts", "top_k", "d_key")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -293,31 +336,42 @@ class PEER(nn.Module):
         self.w_out = lecun_normal(cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])                                   # (N, D)
-        gates, ids = self.router(flat)                                      # (N, C, k)
-        weights = gates.softmax(dim=-1).flatten(1)                          # (N, C*k)
-        y = selected_neurons(flat, ids.flatten(1), self.w_in, self.w_out,
-                             lambda u: weights * F.gelu(u, approximate="tanh"))
+        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
+        gates, ids = self.router(flat)                                  # (N, C, k) each
+        gates = gates.softmax(dim=-1).flatten(1)                        # (N, C*k)
+        rows = ids.flatten(1)                                           # (N, C*k)
+        w_in = as_table(self.w_in, flat)                                # (R, D)
+        w_out = as_table(self.w_out, flat)                              # (R, D)
+        by_row = sort_by_row(rows, w_in)
+
+        u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, C*k)  <w_in, x>
+        a = gates * gelu(u)                                             # (N, C*k)
+        y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
         return y.view_as(x)
 
     def flops(self) -> int:
-        C, D = self.router.keys.shape[0], self.w_in.shape[1]
+        C, D = self.router.keys.shape[0], self.w_in.shape[-1]
         return self.router.flops() + 4 * C * self.router.top_k * D
 
 
 def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """GPT-OSS's gated unit: (..., D), (2F, D), (2F,), (D, F), (D,) -> (..., D); in w1 the gate is first."""
-    gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)         # (..., F) each
-    gate, linear = gate.clamp(max=7), linear.clamp(-7, 7)
+    """GPT-OSS's gated unit: x (..., D), w1 (2F, D), b1 (2F,), w2 (D, F), b2 (D,) -> (..., D)."""
+    gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)                 # (..., F) each
+    gate = gate.clamp(max=7)
+    linear = linear.clamp(-7, 7)
     return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
 
 
 class SwiGLU(nn.Module):
+    settings = ("d_ff",)
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        D, F_ = cfg.d_model, cfg.d_ff
-        self.w1, self.b1 = lecun_normal(2 * F_, D, fan_in=D), nn.Parameter(torch.zeros(2 * F_))
-        self.w2, self.b2 = lecun_normal(D, F_, fan_in=F_), nn.Parameter(torch.zeros(D))
+        D, d_ff = cfg.d_model, cfg.d_ff
+        self.w1 = lecun_normal(2 * d_ff, D, fan_in=D)
+        self.b1 = nn.Parameter(torch.zeros(2 * d_ff))
+        self.w2 = lecun_normal(D, d_ff, fan_in=d_ff)
+        self.b2 = nn.Parameter(torch.zeros(D))
 
     def forward(self, x: Tensor) -> Tensor:
         return clamped_swiglu(x, self.w1, self.b1, self.w2, self.b2)
@@ -327,30 +381,38 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = sum over the k likeliest experts of p_e * swiglu_e(x), p = softmax(gate(x)), not renormalised.
+    """y = sum over the k likeliest experts e of p_e swiglu_e(x), p = softmax(gate(x)), as it is.
 
-    Each expert runs on its own tokens only. No load-balancing loss, as in the paper's baseline.
+    Each expert runs on its own tokens only. The chosen p are not renormalised, and no loss balances
+    the load, as in the paper's baseline.
     """
+
+    settings = ("n_experts", "top_k", "d_ff")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        E, D, F_ = cfg.n_experts, cfg.d_model, cfg.d_ff
+        E, D, d_ff = cfg.n_experts, cfg.d_model, cfg.d_ff
         self.top_k = cfg.top_k
         self.gate = Linear(D, E)
-        self.w1, self.b1 = lecun_normal(E, 2 * F_, D, fan_in=D), nn.Parameter(torch.zeros(E, 2 * F_))
-        self.w2, self.b2 = lecun_normal(E, D, F_, fan_in=F_), nn.Parameter(torch.zeros(E, D))
+        self.w1 = lecun_normal(E, 2 * d_ff, D, fan_in=D)
+        self.b1 = nn.Parameter(torch.zeros(E, 2 * d_ff))
+        self.w2 = lecun_normal(E, D, d_ff, fan_in=d_ff)
+        self.b2 = nn.Parameter(torch.zeros(E, D))
 
-    @torch.compiler.disable  # the tokens of an expert are counted on the host
+    @torch.compiler.disable     # the tokens of an expert are counted on the host
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])                                   # (N, D)
-        p, ids = self.gate(flat).float().softmax(dim=-1).topk(self.top_k)   # (N, k)
-        order = ids.flatten().argsort(stable=True)                          # (token, choice) pairs by expert
+        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
+        probabilities = self.gate(flat).to(self.w1.dtype).softmax(dim=-1)
+        p, ids = probabilities.topk(self.top_k)                         # (N, k) each
+        order = ids.flatten().argsort(stable=True)                      # (token, choice) pairs
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
+        # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
+        w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
         y = torch.zeros_like(flat)
-        experts = zip(*(w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2)))
-        for pairs, expert in zip(order.split(counts), experts):
+        for e, pairs in enumerate(order.split(counts)):
             tokens = pairs // self.top_k
-            out = clamped_swiglu(flat.index_select(0, tokens), *expert) * p.flatten()[pairs, None]
+            out = clamped_swiglu(flat.index_select(0, tokens), w1[e], b1[e], w2[e], b2[e])
+            out = out * p.flatten()[pairs, None]
             y = y.index_add(0, tokens, out.to(y.dtype))
         return y.view_as(x)
 
@@ -361,13 +423,15 @@ class MoE(nn.Module):
 class MLP(nn.Module):
     """gelu(x @ W1) @ W2, the tanh form of gelu."""
 
+    settings = ("d_ff",)
+
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.up = Linear(cfg.d_model, cfg.d_ff)
         self.down = Linear(cfg.d_ff, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
 
     def flops(self) -> int:
         return self.up.flops() + self.down.flops()
@@ -376,14 +440,16 @@ class MLP(nn.Module):
 FFN = {"sgatlin": SparselyGatedLinear, "peer": PEER, "moe": MoE, "swiglu": SwiGLU, "mlp": MLP}
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model
 
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(cfg, cfg.d_model), Attention(cfg)
-        self.ffn_norm, self.ffn = make_norm(cfg, cfg.d_model), FFN[cfg.ffn](cfg)
+        self.attn_norm = make_norm(cfg, cfg.d_model)
+        self.attn = Attention(cfg)
+        self.ffn_norm = make_norm(cfg, cfg.d_model)
+        self.ffn = FFN[cfg.ffn](cfg)
 
     def forward(self, x: Tensor, rope: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, layer, cache)
@@ -398,66 +464,72 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=cfg.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.d_model)
-        frequency = 10_000 ** (-torch.arange(0, cfg.d_head, 2) / cfg.d_head)            # (Dh/2,)
-        angle = torch.arange(cfg.block_size)[:, None] * frequency                       # (T, Dh/2)
+        frequency = 10_000 ** (-torch.arange(0, cfg.d_head, 2) / cfg.d_head)        # (Dh/2,)
+        angle = torch.arange(cfg.block_size)[:, None] * frequency                   # (T, Dh/2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T) int64 -> logits (B, T, V) float32, mean cross-entropy in nats (None without targets).
+        """idx (B, T) int64 -> logits (B, T, V) float32, mean cross-entropy in nats or None.
 
-        targets (B, T): the next tokens; positions with -100 do not count. cache: the tokens before idx, to
-        which idx is added. Raises ValueError when T, or T and the cache, exceed block_size.
+        targets (B, T): the next tokens; positions with -100 do not count. cache: the tokens before
+        idx, to which idx is added. Raises ValueError if all these exceed block_size.
         """
         start = 0 if cache is None else len(cache)
         end = start + idx.shape[1]
         if end > self.cfg.block_size:
             raise ValueError(f"{end} tokens exceed block_size={self.cfg.block_size}")
-        x = self.embedding(idx)                                 # (B, T, D), the float32 residual stream
+        x = self.embedding(idx)                             # (B, T, D), the float32 residual stream
         for layer, block in enumerate(self.blocks):
             x = block(x, self.rope[:, start:end], layer, cache)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(self.norm(x).float(), self.embedding.weight)      # (B, T, V)
+            logits = F.linear(self.norm(x), self.embedding.weight)      # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
     @torch.inference_mode()
-    def generate(self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, vocab_size: int = 0, first: list[int] | None = None,
+    def generate(self, tokens: list[int], max_new_tokens: int, *, temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, vocab_size: int = 0,
+                 first: list[int] | None = None,
                  generator: torch.Generator | None = None) -> Iterator[int]:
         """Yields token ids that continue `tokens`, one at a time.
 
-        temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the distribution;
-        vocab_size (0: off) excludes the ids from there on, the padding of a vocabulary; first, if given, are
-        the ids that the first new token may have. When the context is full it starts again from its last
-        half, so positions stay within what the model was trained on.
+        temperature 0 takes the likeliest token; top_k (0: off) and top_p (1: off) cut the
+        distribution; vocab_size (0: off) excludes the ids from there on, the padding of a
+        vocabulary; first: the ids that the first new token may have (None: any). When the context
+        is full it starts again from its last half, so positions stay within what was trained.
         """
         device, T = self.embedding.weight.device, self.cfg.block_size
         tokens = list(tokens[-T:])
-        cache, feed = KVCache(), tokens
-        for _ in range(max_new_tokens):
-            if len(cache) + len(feed) > T:
+        cache = KVCache()
+        unseen = tokens                                     # what the cache does not hold yet
+        for i in range(max_new_tokens):
+            if len(cache) + len(unseen) > T:
                 tokens = tokens[-max(T // 2, 1):]
-                cache, feed = KVCache(), tokens
-            logits, _ = self(torch.tensor([feed], device=device), cache=cache)
-            logits = logits[0, -1, :vocab_size or None]                                 # (V,)
-            if first is not None:
-                excluded = torch.ones_like(logits, dtype=torch.bool)
-                excluded[first], first = False, None
-                logits = logits.masked_fill(excluded, -math.inf)
-            token = sample(logits, temperature, top_k, top_p, generator)
+                cache = KVCache()
+                unseen = tokens
+            logits, _ = self(torch.tensor([unseen], device=device), cache=cache)
+            logits = logits[0, -1]                          # (V,)
+            if vocab_size:
+                logits = logits[:vocab_size]
+            if i == 0 and first is not None:
+                allowed = torch.full_like(logits, -math.inf)
+                allowed[first] = 0.0
+                logits = logits + allowed
+            token = sample_token(logits, temperature, top_k, top_p, generator)
             tokens.append(token)
-            feed = [token]
+            unseen = [token]
             yield token
 
     def num_params(self) -> tuple[int, int]:
-        """Total, and active per token: without the neurons or experts that the router does not choose."""
+        """Total, and active per token: without the neurons or experts that a token does not use."""
+        cfg = self.cfg
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for block in self.blocks:
-            ffn, cfg = block.ffn, self.cfg
+            ffn = block.ffn
             if cfg.ffn in ("sgatlin", "peer"):
                 used = cfg.n_channels * cfg.top_k * cfg.d_model
                 idle += 2 * max(ffn.w_in.numel() - used, 0)
@@ -467,17 +539,20 @@ class GPT(nn.Module):
         return total, total - idle
 
     def flops_per_sequence(self, T: int | None = None) -> int:
-        """Forward FLOPs of one sequence of T tokens (default block_size), counted as the paper counts them:
+        """Forward FLOPs of one sequence of T tokens (default block_size), as the paper counts them:
 
-        matmuls only, attention over all T x T pairs, without embedding, unembedding and top-k. A training
-        step costs three times as much.
+        matmuls only, attention over all T x T pairs, without embedding, unembedding and top-k. A
+        training step costs three times as much.
         """
         T = T or self.cfg.block_size
         return T * sum(block.attn.flops(T) + block.ffn.flops() for block in self.blocks)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator | None) -> int:
+# --------------------------------------------------------------------------------------------------
+# from logits to text
+
+def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator | None) -> int:
     """One token id from logits (V,)."""
     if temperature == 0:
         return int(logits.argmax())
@@ -485,32 +560,78 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
     if top_k:
         logits = logits[:top_k]
     p = logits.softmax(dim=-1)
-    p[p.cumsum(dim=-1) - p >= top_p] = 0                        # keeps the token that crosses top_p
+    p[p.cumsum(dim=-1) - p >= top_p] = 0                    # keeps the token that crosses top_p
     return int(ids[torch.multinomial(p, 1, generator=generator)])
 
 
-# -----------------------------------------------------------------------------------------------------------
+def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int,
+           **settings) -> Iterator[str]:
+    """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
+
+    A prompt may end within a token: "def " does, for the blank belongs to the next word. So its
+    last token is chosen anew, among those that begin with it, and the first string is what that
+    adds. A string is empty while a token ends within a character; bytes that are no UTF-8 become
+    U+FFFD. An empty prompt stands for the start of a document, and the text ends with its end.
+    """
+    tokens = encoding.encode(prompt, allowed_special={"<|endoftext|>"})
+    known = b""                                             # bytes of the prompt that come again
+    if tokens and tokens[-1] != encoding.eot_token:
+        known = encoding.decode_single_token_bytes(tokens.pop())
+        settings["first"] = [token for token in range(encoding.eot_token)
+                             if encoding.decode_single_token_bytes(token).startswith(known)]
+    tokens = tokens or [encoding.eot_token]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in model.generate(tokens, max_new_tokens, vocab_size=encoding.n_vocab, **settings):
+        if token == encoding.eot_token:
+            break
+        text = encoding.decode_single_token_bytes(token)
+        yield decoder.decode(text[len(known):])
+        known = b""
+    yield decoder.decode(b"", final=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # checkpoints
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes tensors and plain types to path, which holds the old state or the new one at any time."""
+    """Writes tensors and plain types to path, which always holds the old state or the new one."""
     partial = path.with_name(path.name + ".partial")
     try:
         torch.save(state, partial)
         os.replace(partial, path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU; no code from the file runs. Raises ValueError for others."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "config", "tokenizer"} <= state.keys():
-            raise KeyError
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: python train.py makes it") from None
-    except Exception:   # torch.load has many ways to fail on a file of another kind
-        raise ValueError(f"{path} is not a checkpoint of train.py") from None
+    """What save_checkpoint wrote, on the CPU; no code from the file runs. ValueError for others."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: python train.py makes it")
+    state = None
+    if zipfile.is_zipfile(path):                            # what torch.save writes
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is not a checkpoint of train.py") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of train.py")
+    for name in ("model", "config", "tokenizer"):
+        if name not in state:
+            raise ValueError(f"{path} is not a checkpoint of train.py: it has no {name!r}")
     return state
+
+
+def load_model(path: Path, device: str | torch.device) -> tuple[GPT, dict]:
+    """The model of a checkpoint, ready to evaluate on a device, and all that the checkpoint holds.
+
+    Raises ValueError if the file is missing, is no checkpoint, or holds another model than it says.
+    """
+    state = load_checkpoint(path)
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    cfg = GPTConfig(**{name: value for name, value in state["config"].items() if name in names})
+    model = GPT(cfg)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another model than its settings say") from error
+    return model.to(device).eval(), state

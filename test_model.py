@@ -9,9 +9,7 @@ import collections
 import dataclasses
 import errno
 import gzip
-import html
 import http.server
-import importlib.util
 import itertools
 import json
 import math
@@ -45,7 +43,7 @@ import prepare_data
 import sample
 import train
 from model import (FFN, GPT, ROUTERS, Attention, GPTConfig, KVCache, Router, SparselyGatedLinear,
-                   load_checkpoint, save_checkpoint)
+                   load_checkpoint, load_model, save_checkpoint, stream)
 
 # -----------------------------------------------------------------------------------------------------------
 # golden numbers: outputs and gradients of the paper's JAX code on weights from a formula
@@ -389,10 +387,10 @@ def test_kernels_equal_the_reference(index, dtype, tolerance):
         t["index"] = torch.full_like(t["index"], 11)
     elif index == "repeated":
         t["index"][:, 1::2] = t["index"][:, ::2]
-    operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    ours = kernels.gradients(lambda *a: kernels.layer(*a, t["index"]), t["dy"], *operands)
-    truth = kernels.gradients(lambda *a: kernels.layer_reference(*a, t["index"]), t["dy"].double(),
-                              *(o.double() for o in operands))
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    wide = [tensor.double() for tensor in inputs]
+    ours = kernels.gradients(kernels.layer, t["dy"], inputs, t["index"])
+    truth = kernels.gradients(kernels.layer, t["dy"].double(), wide, t["index"], "reference")
     for a, b in zip(ours, truth):
         assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm()
     unused = torch.ones(len(t["w_in"]), dtype=torch.bool)
@@ -408,7 +406,8 @@ def test_primitives_gradcheck(by_row):
     x, weight, coef = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
                        for shape in ((4, 3), (6, 3), (4, 5)))
     assert torch.autograd.gradcheck(lambda x, w: kernels.gather_dot(x, w, index, rows), (x, weight))
-    assert torch.autograd.gradcheck(lambda c, w: kernels.gather_sum(c, w, index, rows), (coef, weight))
+    assert torch.autograd.gradcheck(lambda c, w: kernels.gather_sum(c, w, index, rows),
+                                    (coef, weight))
     scores = torch.randn(3, 2, 2, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: kernels.product_topk(s, 4)[0], (scores,))
 
@@ -430,7 +429,8 @@ def test_product_keys_are_full_keys(n, k):
         expected, _ = kernels.product_topk_reference(s, k)
         ids = ids.long()
         assert torch.equal(gates, expected)
-        assert torch.equal(gates, s[..., 0, :].gather(-1, ids // n) + s[..., 1, :].gather(-1, ids % n))
+        first, second = s[..., 0, :], s[..., 1, :]
+        assert torch.equal(gates, first.gather(-1, ids // n) + second.gather(-1, ids % n))
         assert ids.sort(-1).values.diff(dim=-1).min() > 0 if k > 1 else True
 
 
@@ -446,15 +446,24 @@ def test_ties_go_to_the_lower_position_and_nan_stays_in_range():
         assert ids.min() >= 0 and ids.max() < 36
 
 
-def test_no_gathered_copy_is_made():
+def peak_bytes(folder, fn, *args):
+    """The most memory that fn holds at a time on the CPU, from all allocations in a profile."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fn(*args)
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(itertools.accumulate(size for _, size in memory))
+
+
+def test_no_gathered_copy_is_made(tmp_path):
     t = layer_tensors(N=512, D=64, C=4, n=8, k=6)
-    operands = [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    peak, reference = (
-        kernels.peak_bytes(lambda: kernels.gradients(lambda *a: layer(*a, t["index"]), t["dy"], *operands),
-                           "cpu")
-        for layer in (kernels.layer, kernels.layer_reference))
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
     N, J, D, R = 512, 24, 64, 256
-    assert peak < 4 * (4 * N * D + 4 * R * D + 12 * N * J) < 4 * N * J * D < reference
+    allowed = 4 * (4 * N * D + 4 * R * D + 12 * N * J)
+    gathered = 4 * N * J * D
+    args = (tmp_path, kernels.gradients, kernels.layer, t["dy"], inputs, t["index"])
+    assert peak_bytes(*args) < allowed < gathered < peak_bytes(*args, "reference")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -486,11 +495,12 @@ def test_every_parameter_learns(ffn):
 
 @pytest.mark.parametrize("ffn", FFN)
 def test_the_future_cannot_be_seen(ffn):
-    model, idx = tiny(ffn), tokens()
+    """In float64: another token changes how many tokens an expert gets, and thereby how matrices round."""
+    model, idx = tiny(ffn).double(), tokens()
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 50
-    a, b = model(idx)[0], model(changed)[0]
-    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
+    difference = (model(idx)[0] - model(changed)[0]).abs().amax((0, 2))        # (T,)
+    assert difference[:7].max() < 1e-6 and difference[7:].min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -565,7 +575,7 @@ def test_moe_groups_tokens_and_computes_the_same():
     (dict(d_model=100), "d_head=64 must be even and divide d_model=100"),
     (dict(n_layer=0), "n_layer=0 must be positive"), (dict(ffn="glu"), "ffn='glu' is none of sgatlin, peer"),
     (dict(ffn="moe", top_k=9), "top_k=9 must not exceed n_experts=8"),
-    (dict(ffn="peer", shared_pool=True), "softmax_gates and shared_pool are for ffn=sgatlin")])
+    (dict(router="keys"), "router='keys' is none of product_dense, product_key")])
 def test_bad_sizes_are_explained(sizes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**sizes)
@@ -587,11 +597,12 @@ def test_cache_equals_the_full_forward():
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SIZES = dict(D=(16, 48, 80), k=(1, 3, 8), C=(1, 2), n=(3, 5, 11), N=(1, 7),
-             types=((FP32, FP32), (BF16, BF16), (BF16, FP32)), picks=("random", "one row", "repeated"))
+             types=((FP32, FP32), (BF16, BF16), (BF16, FP32)),
+             picks=("random", "one row", "repeated"))
 
 
 def covering(sizes):
-    """A few of all combinations with k <= n, in which any two values of any two sizes meet (greedy)."""
+    """A few of all combinations with k <= n, where any two values of any two sizes meet."""
     k, n = (list(sizes).index(name) for name in "kn")
     meetings = {case: set(itertools.combinations(enumerate(case), 2))
                 for case in itertools.product(*sizes.values()) if case[k] <= case[n]}
@@ -604,10 +615,10 @@ def covering(sizes):
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """The kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
+    """Kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
     if kernels.triton is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(kernels, "_runs_triton", lambda *key: True)
+    monkeypatch.setattr(kernels, "backend", lambda *key: ("triton", "a test"))
     monkeypatch.setattr(kernels, "SPLIT", 6)
     one = torch.ones(1, 1, device=DEVICE)
     try:
@@ -631,12 +642,15 @@ def agree(ours, truth, dtype):
 def test_triton_equals_the_reference(on_triton, D, k, C, n, N, types, picks):
     (dtype, table_dtype), R, J = types, C * n * n, C * k
     index = torch.randint(0, R, (N, J), dtype=torch.int32)
-    if picks != "random":
-        index = torch.full_like(index, R // 2) if picks == "one row" else index[:1, :1] // 2 + index % 2
+    if picks == "one row":
+        index = torch.full_like(index, R // 2)
+    elif picks == "repeated":
+        index = index[:1, :1] // 2 + index % 2
     flat = index.flatten().long()
     unused = flat.bincount(minlength=R) == 0
     x, coef = torch.randn(D, N).to(dtype).T, torch.randn(N, 1).to(dtype).expand(N, J)  # strided
-    weight = torch.randn(R, D).to(table_dtype).masked_fill(unused[:, None], float("nan"))  # nobody may read
+    weight = torch.randn(R, D).to(table_dtype)
+    weight[unused] = float("nan")       # nobody may read these
     rows, pairs = weight.double()[index.long()], coef.double()[..., None] * x.double()[:, None]
     a, c, w, i = (t.to(DEVICE) for t in (x, coef, weight, index))
     agree(kernels.gather_dot(a, w, i), (x.double()[:, None] * rows).sum(-1), table_dtype)
@@ -644,26 +658,29 @@ def test_triton_equals_the_reference(on_triton, D, k, C, n, N, types, picks):
     by_row = kernels.transpose_index(i, R)
     grads = [kernels.table_grad_triton(c, a, *by_row) for _ in range(2)]
     agree(grads[0], torch.zeros(R, D).double().index_add_(0, flat, pairs.flatten(0, 1)), dtype)
-    assert torch.equal(*grads) and not grads[0].cpu()[unused].any()     # the same bits again; exactly zero
+    assert torch.equal(*grads) and not grads[0].cpu()[unused].any()     # same bits; exactly zero
 
 
 def test_triton_gradients_of_a_layer(on_triton, monkeypatch):
-    launched, launch = [], kernels.launch
-    monkeypatch.setattr(kernels, "launch",
-                        lambda kernel, *args: launch(launched.append(kernel) or kernel, *args))
-    t = kernels.random_layer(30, 48, 2, 3, 3, device=DEVICE, dtype=FP32)    # about 10 pairs in a row
-    dy, index, operands = t["dy"], t["index"], [t[name] for name in ("x", "gates", "w_in", "w_out")]
-    ours = kernels.gradients(lambda *a: kernels.layer(*a, index), dy, *operands)
-    truth = kernels.gradients(lambda *a: kernels.layer_reference(*a, index.cpu()),
-                              *(o.double().cpu() for o in (dy, *operands)))
+    launched = collections.Counter()
+    launch = kernels.launch
+
+    def count(kernel, *args):
+        launched[kernel] += 1
+        launch(kernel, *args)
+
+    monkeypatch.setattr(kernels, "launch", count)
+    t = kernels.random_layer(30, 48, 2, 3, 3, device=DEVICE, dtype=FP32)    # 10 pairs in a row
+    inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
+    wide = [tensor.double() for tensor in inputs]
+    ours = kernels.gradients(kernels.layer, t["dy"], inputs, t["index"])
+    truth = kernels.gradients(kernels.layer, t["dy"].double(), wide, t["index"], "reference")
     for a, b in zip(ours, truth):
-        agree(a, b, FP32)
-    kernels.gradients(lambda s: kernels.product_topk(s, 3)[0], t["gates"].view(30, 2, 3), t["scores"])
-    assert [launched.count(kernel) for kernel in (kernels.gather_dot_kernel, kernels.segment_sum_kernel,
-                                                  kernels.product_topk_kernel,
-                                                  kernels.product_topk_grad_kernel)
-            ] == [2, 6, 2, 1]       # every operation took its kernels
-    nothing = kernels.transpose_index(index[:0], 18)
+        agree(a, b.cpu(), FP32)
+    kernels.gradients(kernels.topk_gates, t["gates"].view(30, 2, 3), [t["scores"]], 3)
+    assert launched == {kernels.gather_dot_kernel: 2, kernels.segment_sum_kernel: 6,
+                        kernels.product_topk_kernel: 2, kernels.product_topk_grad_kernel: 1}
+    nothing = kernels.transpose_index(t["index"][:0], 18)
     assert not kernels.table_grad_triton(t["gates"][:0], t["x"][:0], *nothing).any()
 
 
@@ -677,9 +694,10 @@ def stable_topk(scores, k):
 
 
 @pytest.mark.parametrize("dtype, k, C, n, N", [
-    *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}), (BF16, 16, 1, 131, 1)])
+    *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}),
+    (BF16, 16, 1, 131, 1)])
 def test_triton_topk(on_triton, dtype, k, C, n, N):
-    # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter does not round as a GPU does.
+    # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter rounds otherwise.
     eighths = torch.randint(-63, 64, (N, C, 2, n)) / 8
     for scores in [eighths] + [torch.randn(N, C, 2, n)] * (dtype == FP32 or DEVICE == "cuda"):
         scores = scores.to(dtype)
@@ -695,57 +713,64 @@ def test_triton_topk(on_triton, dtype, k, C, n, N):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_triton_topk_of_any_scores_is_in_range(on_triton, dtype):
     nan, inf = float("nan"), float("inf")
-    scores = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])[torch.randint(0, 7, (4, 1, 2, 11))]
+    values = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])
+    scores = values[torch.randint(0, 7, (4, 1, 2, 11))]
     scores[2:] = torch.tensor([nan, -inf])[:, None, None, None]
     ids = kernels.product_topk(scores.to(DEVICE, dtype), 8)[1].cpu()
     assert ids.min() >= 0 and ids.max() < 121 and ids.sort().values.diff().all()
 
 
-def compiled_kernels(T, D):
-    """(kernel, pointers, constants) as the launchers pass them; other arguments are 32-bit integers."""
+def compiled_kernels(T, D, everything):
+    """(kernel, pointers, constants) as they are launched; other arguments are 32-bit integers."""
     row = dict(coef=T, index="*i32", table=T, out=T)
     tile = dict(D=D, PAIRS=kernels.SUM_PAIRS, COLS=kernels.SUM_COLS, SPLIT=kernels.SPLIT)
     yield (kernels.gather_dot_kernel, dict(x=T, weight=T, index="*i32", out=T),
            dict(D=D, SLOTS=kernels.DOT_SLOTS, COLS=min(D, kernels.DOT_COLS)))
-    if D in (128, 768, 1024):
-        yield kernels.segment_sum_kernel, row | dict(starts="*i64", ends="*i64"), tile | dict(partial=None)
-        yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
-    if D == 128:
-        yield kernels.product_topk_kernel, dict(scores=T, gates=T, ids="*i32"), dict(K=8, KP=8, NP=128)
+    yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
+    if everything:
+        bounds = dict(starts="*i64", ends="*i64")
+        yield kernels.segment_sum_kernel, row | bounds, tile | dict(partial=None)
+        scores = dict(scores=T, gates=T, ids="*i32")
+        yield kernels.product_topk_kernel, scores, dict(K=8, KP=8, NP=128)
         yield kernels.product_topk_grad_kernel, dict(grad=T, ids="*i32", out=T), dict(K=8, NP=128)
 
 
-def resources(kernel, pointers, constants, arch):
-    """Registers, spilled bytes and shared bytes."""
+def spilled(kernel, pointers, constants, target):
+    """How many bytes (NVIDIA) or registers (AMD) the compiled kernel spills to memory."""
     triton, names = kernels.triton, kernel.arg_names
-    source = triton.compiler.ASTSource(
-        kernel, {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "ends"})
-    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options=dict(num_warps=1, enable_fp_fusion=True))
+    signature = dict.fromkeys(names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]]
+               for name in pointers if name != "ends"}
+    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, values, aligned),
+                              target=target, options=dict(num_warps=1, enable_fp_fusion=True))
+    if target.backend == "hip":
+        return sum(map(int, re.findall(r"gpr_spill_count: +(\d+)", compiled.asm["amdgcn"])))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups())
-    return registers, stack + local, compiled.metadata.shared
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    return sum(map(int, re.search(r"STACK:(\d+).* LOCAL:(\d+)", usage).groups()))
 
 
 def compile_all():
-    for T, D, arch in itertools.product(("*bf16", "*fp32"), (128, 256, 512, 768, 1024), (80, 90)):
-        for kernel, *arguments in compiled_kernels(T, D):
-            registers, spilled, shared = resources(kernel, *arguments, arch)
-            print(f"{kernel.fn.__name__:25}{T[1:]} D={D:<5}sm_{arch}", registers, "registers,", spilled,
-                  "bytes spilled,", shared, "shared", flush=True)
-            assert not spilled
+    GPUTarget = kernels.triton.backends.compiler.GPUTarget
+    cuda = [GPUTarget("cuda", arch, 32) for arch in (75, 80, 90, 100, 120)]
+    hip = [GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32)]
+    sizes = [(target, 768) for target in cuda + hip] + [(cuda[2], 128), (cuda[2], 1024)]
+    for (target, D), T in itertools.product(sizes, ("*bf16", "*fp32")):
+        for kernel, *arguments in compiled_kernels(T, D, D == 768):
+            count = spilled(kernel, *arguments, target)
+            print(f"{kernel.fn.__name__:25}{T[1:]} D={D:<5}{target.arch}: {count} spilled")
+            assert not count
 
 
-def test_triton_compiles_without_spills():      # in a process of its own, in which Triton does not interpret
-    if kernels.triton is None or "nvidia" not in kernels.triton.backends.backends:
-        pytest.skip("no triton with ptxas")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_triton_compiles_without_spills(tmp_path):      # where Triton does not interpret
+    if kernels.triton is None or not {"nvidia", "amd"} <= set(kernels.triton.backends.backends):
+        pytest.skip("no triton with both compilers")
+    env = os.environ | dict(TRITON_CACHE_DIR=str(tmp_path))
+    env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -759,25 +784,25 @@ def test_cpu_tensors_never_reach_triton(monkeypatch):
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-def test_backend_gives_a_reason(monkeypatch, capsys):
+def test_backend_gives_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert kernels.backend("cuda", BF16)[0] == "triton"
-    kernels._runs_triton.cache_clear()
-    assert [kernels._runs_triton("cuda", torch.float64) for _ in range(2)] == [False, False]
-    assert capsys.readouterr().out.endswith("the Triton kernels take float32 and bfloat16, not float64\n")
-    kernels._runs_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 8.0")
+    assert kernels.backend("cuda")[0] == kernels.backend("cuda", BF16)[0] == "triton"
+    reason = "the Triton kernels take float32 and bfloat16, not float64"
+    assert kernels.backend("cuda", torch.float64) == ("torch", reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert kernels.backend("cuda") == ("torch", "GPU is older than compute capability 7.5")
     monkeypatch.setattr(kernels, "triton", None)
     assert kernels.backend("cuda") == ("torch", "triton is not installed")
 
 
 def test_layer_compiles_once_and_can_be_checkpointed():
     torch.manual_seed(0)
-    layer = SparselyGatedLinear(GPTConfig(d_model=64, n_experts=25, top_k=3, n_channels=2)).to(DEVICE)
+    cfg = GPTConfig(d_model=64, n_experts=25, top_k=3, n_channels=2)
+    layer = SparselyGatedLinear(cfg).to(DEVICE)
     x, dy = torch.randn(2, 2, 6, 64, device=DEVICE)
-    compiled = torch.compile(layer, fullgraph=True)
+    # Not inductor: its C++ is wrong where ATEN_CPU_CAPABILITY names less than the processor has.
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
 
     def results(fn):
         y = fn(x.requires_grad_())
@@ -1295,7 +1320,7 @@ def trained(data, tmp_path_factory):
 
 def test_prepare_train_interrupt_resume_sample(tmp_path):
     """What a newcomer does, through the command line; the interrupted run equals one that was left alone."""
-    data, out = tmp_path / "data", tmp_path / "out"
+    data, out = tmp_path / "data", tmp_path / "out\u00e9"       # which an ASCII terminal cannot show
     finished(start("prepare_data.py", ROOT / "train.py", ROOT / "model.py", "--vocab_size=300",
                    f"--out_dir={data}"))
     args = [*SMALL, f"--data_dir={data}", "--steps=120", "--eval_interval=50", "--learning_rate=5e-3"]
@@ -1307,8 +1332,8 @@ def test_prepare_train_interrupt_resume_sample(tmp_path):
     assert load(out)["step"] == int(stopped[1]) < 120
     with open(out / "log.jsonl", "a") as file:
         file.write('{"event": "step", "step": 77}\n{"event": "st')         # what a kill can leave behind
-    printed = finished(start("train.py", "--resume", f"--out_dir={out}"))
-    assert "A sample:" in printed and f"next:  python sample.py --out_dir={out}" in printed
+    printed = finished(start("train.py", "--resume", f"--out_dir={out}", PYTHONIOENCODING="ascii"))
+    assert "A sample:" in printed and f"next:  python sample.py --out_dir={tmp_path}/out?" in printed
     assert_same_state(out, run(tmp_path / "whole", *args))
     assert [entry["step"] for entry in log(out, "step")] == list(range(1, 121))
     evals = log(out, "eval")
@@ -1324,55 +1349,97 @@ def test_prepare_train_interrupt_resume_sample(tmp_path):
 
 SAVING = """
 import shutil, train
-def save(run, before=train.Run.save):
-    before(run)
-    optimizer = getattr(run.optimizer, "optim", run.optimizer)      # a sharded one's own share
-    print("holds", sum(t.nbytes for state in optimizer.state.values() for t in state.values()), flush=True)
-    if run.step == 10 and not run.processes.rank:
-        shutil.copytree(run.cfg.out_dir, run.cfg.out_dir + "-10")
-train.Run.save = save
+from torch.distributed.tensor import DTensor
+
+def save(model, optimizer, cfg, data, progress, before=train.save):
+    before(model, optimizer, cfg, data, progress)
+    held = list(model.parameters())
+    for state in optimizer.state.values():
+        held += state.values()
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in held]
+    print("holds", sum(t.nbytes for t in held), flush=True)
+    if progress["step"] == 10 and train.dist.get_rank() == 0:
+        shutil.copytree(cfg.out_dir, cfg.out_dir + "-10")
+
+train.save = save
 train.main()
 """
 
 
 def two_processes(folder, *args):
-    """train.py that keeps a copy of the run at step 10; what it prints, and the bytes of state a process
-    holds at the end."""
+    """train.py that keeps a copy of the run at step 10. Returns what it prints, and the bytes of
+    parameters and moments that each of the two processes holds at the end."""
     (folder / "saving.py").write_text(SAVING)
     printed = finished(start((2, folder / "saving.py"), *args, PYTHONPATH=str(ROOT)))
     return printed, [int(count) for count in re.findall(r"holds (\d+)", printed)[-2:]]
+
+
+TWENTY = ["--steps=20", "--eval_interval=10", "--decay_fraction=0"]
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
     """The twenty steps of `trained` on two processes."""
     out = tmp_path_factory.mktemp("two") / "out"
-    return out, *two_processes(out.parent, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10",
-                               "--decay_fraction=0", "--micro_batch_size=1", f"--out_dir={out}")
+    args = [*SMALL, *TWENTY, f"--data_dir={data}", "--micro_batch_size=1", f"--out_dir={out}"]
+    return out, *two_processes(out.parent, *args)
+
+
+def assert_close_runs(a, b):
+    """The same run but for rounding: losses, norms and, in the end, weights and moments."""
+    for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
+        ours, theirs = ([entry[key] for entry in log(out, event)] for out in (a, b))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    a, b = load(a), load(b)
+    for name, tensor in a["model"].items():
+        assert (tensor - b["model"][name]).abs().max() < 1e-4, name
+    for name, state in a["optimizer"]["state"].items():
+        assert state["step"] == b["optimizer"]["state"][name]["step"]
+        assert (state["exp_avg"] - b["optimizer"]["state"][name]["exp_avg"]).abs().max() < 1e-4
 
 
 def test_two_processes_follow_one(trained, two):
     out, printed, _ = two
     assert printed.count("step     20/20 | loss") == 1          # only one of them prints
-    for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
-        one, both = ([entry[key] for entry in log(folder, event)] for folder in (trained, out))
-        assert both == pytest.approx(one, rel=1e-4)
-    a, b = (load(folder)["model"]["embedding.weight"] for folder in (trained, out))
-    assert (a - b).abs().max() < 1e-4
+    assert_close_runs(out, trained)
 
 
-def test_sharded_state_is_half_and_changes_nothing(two, tmp_path):
-    """Unsharded to step 10, sharded to 20, both on two processes; then unsharded, on one, to 22."""
+def test_sharded_processes_hold_half_and_follow_one(data, trained, two, tmp_path):
     out, _, whole = two
-    sharded = shutil.copytree(f"{out}-10", tmp_path / "sharded")
-    _, shares = two_processes(tmp_path, "--resume", "--zero", "--steps=20", f"--out_dir={sharded}")
-    assert max(shares) < 0.55 * whole[0] and whole[0] == whole[1] == sum(shares)
-    for folder in (out, sharded):
-        run(shutil.copytree(folder, tmp_path / f"{folder.name}-22"), "--resume", "--steps=22")
-    assert_same_state(sharded, out)
-    assert_same_state(tmp_path / "sharded-22", tmp_path / "out-22")
-    assert load(sharded)["optimizer"]["param_groups"] == load(out)["optimizer"]["param_groups"]
-    assert [len(entry["versions"]) for entry in log(tmp_path / "sharded-22", "resume")] == [4, 4]
+    sharded = tmp_path / "sharded"
+    args = [*SMALL, *TWENTY, f"--data_dir={data}", f"--out_dir={sharded}", "--shard"]
+    printed, shares = two_processes(tmp_path, *args)
+    assert max(shares) < 0.55 * whole[0] and "A sample:" in printed
+    assert_close_runs(sharded, trained)
+    # A sharded run goes on unsharded, on one process, and an unsharded one sharded.
+    run(shutil.copytree(f"{sharded}-10", tmp_path / "one"), "--resume", "--no-shard")
+    assert_close_runs(tmp_path / "one", trained)
+    other = shutil.copytree(f"{out}-10", tmp_path / "other")
+    two_processes(tmp_path, "--resume", "--shard", f"--out_dir={other}")
+    assert_close_runs(other, trained)
+
+
+def test_a_checkpoint_of_the_first_edition_goes_on(data, trained, tmp_path):
+    """It numbered the parameters in the optimizer's state, and had settings that are no more."""
+    out = run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=7", "--decay_fraction=0")
+    state = load(out)
+    names = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
+    place = {name: i for i, name in enumerate(names)}
+    moments = {place[name]: value for name, value in state["optimizer"]["state"].items()}
+    groups = [group | dict(params=[place[name] for name in group["params"]])
+              for group in state["optimizer"]["param_groups"]]
+    change(out, optimizer=dict(state=moments, param_groups=groups),
+           config=state["config"] | dict(zero=True, fused=True))
+    run(out, "--resume", "--steps=20")
+    assert_same_state(out, trained)
+
+
+def test_only_torchrun_makes_several_processes(data, trained, tmp_path, monkeypatch):
+    """What a cluster or another program leaves in the environment does not cut the batch."""
+    for name, value in dict(WORLD_SIZE="4", RANK="1", LOCAL_RANK="3").items():
+        monkeypatch.setenv(name, value)
+    run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0")
+    assert_same_state(tmp_path, trained)
 
 
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
@@ -1383,6 +1450,35 @@ def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path)
     run(out, "--resume", "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
     assert_same_state(out, trained) and not first.exists()
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypatch):
+    schedule = train.schedule
+
+    def signalled(step, cfg):
+        if step == 13:
+            os.kill(os.getpid(), number)
+        return schedule(step, cfg)
+
+    monkeypatch.setattr(train, "schedule", signalled)
+    args = [*SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0"]
+    with pytest.raises(SystemExit):
+        run(tmp_path, *args)
+    assert load(tmp_path)["step"] == 14
+    monkeypatch.undo()
+    run(tmp_path, "--resume")
+    assert_same_state(tmp_path, trained)
+
+
+def test_nohup_outlives_its_terminal(data, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(train, "schedule", lambda step, cfg: os.kill(os.getpid(), signal.SIGHUP) or 0.0)
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_kill_at_any_moment_leaves_a_checkpoint(data, trained, tmp_path):
@@ -1426,25 +1522,30 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+@pytest.mark.parametrize("error, hint", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("The server socket has failed to listen on any local network address"), False),
+    (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("CppCompileError"), None), False),
+    (NotImplementedError("no such operator"), False), (ValueError("a bug in the loop"), False)])
+def test_bugs_keep_their_tracebacks(error, hint, data, tmp_path, monkeypatch):
+    def broken(step, cfg):
+        raise error
+
+    monkeypatch.setattr(train, "schedule", broken)
+    with pytest.raises(SystemExit if hint else type(error)) as stop:
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
+    assert not hint or "out of memory: lower --micro_batch_size" in stop.value.code
+
+
 def fails(capsys, main, *args):
     """The one line with which a program refuses, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(arg) for arg in args])
     message = capsys.readouterr().err or f"{stop.value.code}\n"
-    assert message.count("\n") == 1 and (stop.value.code == 2 or main is sample.main)
+    assert message.count("\n") == 1 and stop.value.code == 2
     return message
-
-
-@pytest.mark.parametrize("ffn, softmaxed, command", [
-    ("sgatlin", False, "analyze.py\n"), ("sgatlin", True, "analyze.py curves out\n"),
-    ("mlp", False, "analyze.py mimic\n"), ("moe", False, "analyze.py curves out\n")])
-def test_next_command_fits_the_layer(ffn, softmaxed, command):
-    cfg = argparse.Namespace(ffn=ffn, softmax_gates=softmaxed, shared_pool=False, out_dir="out", steps=5)
-    printed = []
-    processes = argparse.Namespace(rank=1, print=printed.append)        # rank 0 would print a sample first
-    train.finish(argparse.Namespace(cfg=cfg, processes=processes))
-    assert f"python {command}" in printed[0] and printed[0].endswith("python train.py --resume --steps=10")
 
 
 @pytest.mark.parametrize("args, message", [
@@ -1453,13 +1554,14 @@ def test_next_command_fits_the_layer(ffn, softmaxed, command):
     ("--learning_rate=nan", "learning_rate=nan must be positive"),
     ("--flops=-1", "flops=-1.0 must be 0 or more"),
     ("--flops=1e3", "flops=1000 buys no step"), ("--flops=1e9 --steps=5", "both set the steps: give one"),
-    ("--decay_fraction=2", "decay_fraction=2.0 must lie between"), ("--ffn=foo", "invalid choice: 'foo'"),
+    ("--decay_fraction=2", "decay_fraction=2.0 must lie between"),
+    ("--ffn=foo", "ffn='foo' is none of sgatlin, peer"), ("--dtype=half", "dtype='half' is none of"),
     ("--n_experts=60", "must be a square for product keys: take 49 or 64"), ("--seed=-1", "seed=-1 must be"),
     (f"--seed={2**63}", "must be less than"), ("--scale=-2", "no ffn='sgatlin' at scale=-2"),
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
-    ("--resume --overwrite", "give one"), ("--zero", "start them with torchrun"),
+    ("--resume --overwrite", "give one"), ("--no-fused", "unrecognized arguments"), ("--shard", "start them with torchrun"),
     ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
 def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
@@ -1486,8 +1588,6 @@ def edit(path, old, new):
 @pytest.mark.parametrize("damage, message", [
     (lambda d: truncate(d / "train.bin"), r"train.bin has \d+ bytes, not the \d+ of meta.json"),
     (lambda d: (d / "val.bin").unlink(), "val.bin is missing: python prepare_data.py"),
-    (lambda d: (d / "val.bin").write_bytes(b"\xff" * (d / "val.bin").stat().st_size),
-     "token 65535, beyond vocab_size=300"),
     (lambda d: truncate(d / "tokenizer.tiktoken"), "not, or not both, what prepare_data.py made"),
     (lambda d: truncate(d / "meta.json"), "not, or not both, what prepare_data.py made"),
     (lambda d: edit(d / "meta.json", ": 300", ": 600"), "not, or not both, what prepare_data.py made")])
@@ -1496,6 +1596,35 @@ def test_damaged_data_is_one_line(damage, message, data, tmp_path, capsys):
     damage(folder)
     assert re.search(message, fails(capsys, train.main, *SMALL, f"--data_dir={folder}",
                                     f"--out_dir={tmp_path}/out"))
+
+
+def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch):
+    folder, schedule = shutil.copytree(data, tmp_path / "data"), train.schedule
+
+    def replaces_the_data(step, cfg):
+        if step == 5:
+            prepare_data.prepare([str(ROOT / "train.py")], folder, "bytes")
+        return schedule(step, cfg)
+
+    monkeypatch.setattr(train, "schedule", replaces_the_data)
+    run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=20", "--eval_interval=10",
+        "--decay_fraction=0")
+    assert json.loads((folder / "meta.json").read_text())["tokenizer"] == "bytes"
+    assert_same_state(tmp_path / "out", trained)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 0), FP32), ((7, 5), FP32), ((8, 0), BF16), ((12, 0), BF16)])
+def test_bfloat16_only_where_a_gpu_has_it(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert train.choose_dtype(train.TrainConfig(), torch.device("cuda"))[0] == dtype
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "val.bin").write_bytes(b"\xff" * (folder / "val.bin").stat().st_size)
+    with pytest.raises(ValueError, match="token 65535, beyond vocab_size=300"):
+        run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=3")
 
 
 def change(out_dir, **changes):
@@ -1536,23 +1665,31 @@ def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
     assert re.search(r"\[[0-3] tokens, \d+ tok/s\]\n$", capsys.readouterr().out)
 
 
+def test_settings_of_other_layers_are_named(monkeypatch):
+    given = dict(d_ff=5, top_k=2, router="key", d_model=32)
+    assert train.idle_settings(given, "mlp") == ["top_k", "router"]
+    assert train.idle_settings(given, "moe") == ["router"]
+    assert train.idle_settings(given, "sgatlin") == ["d_ff"]
+    monkeypatch.setitem(FFN, "new", torch.nn.Linear)                # a layer that does not say what it uses
+    assert train.idle_settings(given, "new") == []
+
+
 def test_data_order_is_a_function_of_seed_and_step(data):
     def new(seed):
-        return train.Data(train.TrainConfig(vocab_size=300, data_dir=str(data), seed=seed, batch_size=8,
-                                            block_size=32))
+        return train.Data(data, block_size=32, seed=seed)
 
     one, steps = new(1), (new(1).n_windows() + 7) // 8
-    batches = [one.train_batch(step) for step in range(2 * steps)]
+    batches = [one.train_starts(step, 8) for step in range(2 * steps)]
     for step in (steps, 0, 3 * steps // 2):                         # in any order, from a fresh start
-        assert np.array_equal(new(1).train_batch(step), batches[step])
-        assert not np.array_equal(new(2).train_batch(step), batches[step])
+        assert np.array_equal(new(1).train_starts(step, 8), batches[step])
+        assert not np.array_equal(new(2).train_starts(step, 8), batches[step])
     epochs = np.split(np.concatenate(batches)[:2 * one.n_windows()], 2)
     shifts = [np.unique(epoch % 32) for epoch in epochs]
     assert all(len(shift) == 1 for shift in shifts)                 # an epoch cuts the text once, and
     assert all(len(np.unique(epoch)) == one.n_windows() for epoch in epochs)    # takes each window once
     assert shifts[0] != shifts[1]
     tokens = np.fromfile(data / "train.bin", "<u2").astype(np.int64)
-    x, y = one.windows("train", batches[0], torch.device("cpu"))
+    x, y = one.windows("train", batches[0])
     for row, first in enumerate(batches[0]):
         assert np.array_equal(x[row], tokens[first:first + 32])
         assert np.array_equal(y[row], tokens[first + 1:first + 33])
@@ -1578,7 +1715,7 @@ def test_sampling_equals_the_full_forward_and_slides(trained, one_thread):
 
     With an MLP: rounding can tip a router between two neurons of all but equal score, and then the texts
     part."""
-    _, encoding = sample.load_model(trained / "ckpt.pt", "cpu")
+    encoding = prepare_data.load_tokenizer(**load(trained)["tokenizer"])
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=300, block_size=32, d_model=32, d_head=16, n_layer=2, ffn="mlp"))
     prompt = encoding.encode("def forward(self, x):")
@@ -1592,7 +1729,7 @@ def test_sampling_equals_the_full_forward_and_slides(trained, one_thread):
     generator = torch.Generator().manual_seed(0)
     for cut in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
         assert list(model.generate(prompt, 80, vocab_size=300, generator=generator, **cut)) == greedy
-    texts = ["".join(sample.stream(model, encoding, "x" * 500, 40,
+    texts = ["".join(stream(model, encoding, "x" * 500, 40,
                                    generator=torch.Generator().manual_seed(seed)))
              for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -1600,7 +1737,8 @@ def test_sampling_equals_the_full_forward_and_slides(trained, one_thread):
 
 def test_prompt_may_end_within_a_token(trained):
     """The blank of "def " belongs to the word that follows: the greedy text is that of "def"."""
-    model, encoding = sample.load_model(trained / "ckpt.pt", "cpu")
+    model, state = load_model(trained / "ckpt.pt", "cpu")
+    encoding = prepare_data.load_tokenizer(**state["tokenizer"])
     for prompt in ("def ", "class", "x = sel"):
         tokens = encoding.encode(prompt)
         last = encoding.decode_single_token_bytes(tokens.pop())
@@ -1608,8 +1746,13 @@ def test_prompt_may_end_within_a_token(trained):
         order = logits[0, -1, :299].argsort(descending=True).tolist()
         texts = map(encoding.decode_single_token_bytes, order)
         best = next(text for text in texts if text.startswith(last))
-        pieces = list(sample.stream(model, encoding, prompt, 1, temperature=0))
+        pieces = list(stream(model, encoding, prompt, 1, temperature=0))
         assert "".join(pieces).encode() == best[len(last):]
+
+
+def test_prompt_file_is_read_as_it_was_trained_on(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\ufeffone\r\ntwo\u00e9\n".encode())
+    assert sample.read_prompt(f"FILE:{tmp_path}/x.txt") == "one\r\ntwo\u00e9\n"
 
 
 def test_stream_ends_at_endoftext_and_prints_whole_characters():
@@ -1622,7 +1765,7 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
             yield from "\u00e9\U0001f389".encode() + b"\xf0\x9f" + b"a\xe2\x82"
             yield from (256, 98)
 
-    pieces = list(sample.stream(Fixed(), encoding, "", 100))
+    pieces = list(stream(Fixed(), encoding, "", 100))
     assert pieces == ["", "\u00e9", "", "", "", "\U0001f389", "", "", "\ufffda", "", "", "\ufffd"]
 
 
@@ -1638,177 +1781,270 @@ def test_cka_is_that_of_the_paper(shape, tag, mix, value):
     y = np.float32(-2 * mix * x + (1 - mix) * y) if mix else y
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     assert analyze.gram_cka(x @ x.T, y @ y.T) == pytest.approx(value, abs=1e-6)
-    assert analyze.gram_cka(torch.ones(shape[0], shape[0]), y @ y.T) == pytest.approx(0, abs=1e-6)
+    ones = torch.ones(shape[0], shape[0])
+    assert analyze.gram_cka(ones, y @ y.T) == pytest.approx(0, abs=1e-6)
 
 
 def test_indirect_effect_is_that_of_the_paper():
-    clean, other = torch.tensor([[[2, 3], [4, 5], [0, 9], [7, 7]], [[1, 6], [8, 2], [3, 4], [5, 0]]])
-    logits = [torch.from_numpy(fill((4, 10), tag, 3.0)) for tag in (800, 801, 802)]
-    m = [analyze.preference(z, clean, other) for z in logits]
-    torch.testing.assert_close(torch.stack(m), torch.tensor([
-        [-1.7386129, 1.3296621, -2.8905149, 1.4141551], [1.6383874, -0.5330844, -0.5516553, -1.8771553],
-        [0.7976977, 0.5182257, 2.7331872, -3.6384275]]), atol=1e-5, rtol=0)
-    effect = torch.tensor([0.7510543, 0.4356129, 2.4044633, 1.5351280])
+    """Its preferences are between sets of answers; ours, of one answer each, follow by hand."""
+    clean = torch.tensor([[[2, 3], [4, 5], [0, 9], [7, 7]]])
+    other = torch.tensor([[[1, 6], [8, 2], [3, 4], [5, 0]]])
+    m = []
+    for tag in (800, 801, 802):
+        logits = torch.from_numpy(fill((1, 4, 10), tag, 3.0))
+        m.append((logits.gather(-1, clean).logsumexp(-1) - logits.gather(-1, other).logsumexp(-1)))
+    effect = torch.tensor([[0.7510543, 0.4356129, 2.4044633, 1.5351280]])
     torch.testing.assert_close(analyze.indirect_effect(*m), effect, atol=1e-5, rtol=0)
+    logits = torch.tensor([[1.0, 2, 4], [8, 16, 32]])
+    found = analyze.preferences(logits, torch.tensor([0, 2]))
+    assert found.tolist() == [[0, 1 - 4], [32 - 8, 0]]
 
 
 def test_similarity_equals_the_dense_product():
     torch.manual_seed(0)
-    values, dense = torch.randn(300, 6), torch.zeros(300, 40)
+    values = torch.randn(300, 6)
     rows = torch.stack([torch.randperm(40)[:6] for _ in range(300)]).int()
-    dense.scatter_(1, rows.long(), values)
-    torch.testing.assert_close(analyze.gram((values, rows), 40), dense @ dense.T, atol=1e-5, rtol=1e-5)
-    tokens = torch.randint(0, 3, (40, 30)).numpy()
+    dense = torch.zeros(300, 40).scatter_(1, rows.long(), values)
+    gram = analyze.gram(analyze.Circuits(values, rows, 40))
+    torch.testing.assert_close(gram, dense @ dense.T, atol=1e-5, rtol=1e-5)
+
+
+def test_contexts_are_equal_where_the_last_tokens_are():
+    tokens = torch.randint(0, 3, (40, 30), generator=torch.Generator().manual_seed(0)).numpy()
     contexts = analyze.contexts_of(tokens).view(40, 30)
-    for a, b in ((a, b) for a in range(40) for b in range(40)):
-        last = slice(max(0, 4 - analyze.CONTEXT), 4)
-        assert (tokens[a, last].tolist() == tokens[b, last].tolist()) == (contexts[a, 3] == contexts[b, 3])
-    unit = torch.nn.functional.normalize(dense)
+    for a, b in itertools.product(range(40), range(40)):
+        same = (tokens[a, :4] == tokens[b, :4]).all()
+        assert same == (contexts[a, 3] == contexts[b, 3])
+
+
+def test_nearest_are_the_best_of_different_contexts():
+    torch.manual_seed(0)
+    unit = torch.nn.functional.normalize(torch.randn(300, 40))
     contexts = torch.arange(300) // 2       # every context occurs twice
-    for query, near in enumerate(analyze.nearest(unit @ unit.T, torch.eye(300, dtype=torch.bool), contexts)):
-        order = [i for i in (unit @ unit[query]).argsort(descending=True).tolist() if i != query]
-        best = [i for n, i in enumerate(order) if i // 2 not in [j // 2 for j in order[:n]]]
+    found = analyze.nearest(unit @ unit.T, torch.eye(300, dtype=torch.bool), contexts)
+    for query, near in enumerate(found):
+        order = (unit @ unit[query]).argsort(descending=True).tolist()
+        best = []
+        for i in order:
+            if i != query and i // 2 not in [j // 2 for j in best]:
+                best.append(i)
         assert [i for i, _ in near] == best[:analyze.NEIGHBORS]
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=20)
-    estimate = analyze.jackknife(lambda keep: values[keep].mean(), 20)
-    assert estimate == pytest.approx([values.mean(), 1.96 * values.std(ddof=1) / 20**0.5])
+    estimate = analyze.jackknife(values, np.eye(20, dtype=bool))
+    error = values.std(ddof=1) / 20**0.5
+    assert estimate == pytest.approx([values.mean(), 1.96 * error])
+    assert analyze.jackknife(values, np.ones((1, 20), dtype=bool)) == (None, None)
+
+
+def test_classes_are_of_like_contexts():
+    """x and y, and u and v, occur between the same tokens, which are themselves the third class."""
+    rng = np.random.default_rng(0)
+    text = []
+    for _ in range(2000):
+        text += [0, rng.integers(1, 3), 3, rng.integers(4, 6)]
+    run = argparse.Namespace(cfg=GPTConfig(vocab_size=8), name=str,
+                             data=argparse.Namespace(tokens=lambda part: np.array(text)))
+    classes = analyze.context_classes(run, n_tokens=6, n_classes=4)
+    labels = classes.of_token.tolist()
+    assert labels[1] == labels[2] and labels[4] == labels[5] and labels[6] == labels[7] == 4
+    assert len({labels[i] for i in (0, 1, 3, 4)}) == 4 and classes.names[-1] == "rare tokens"
+    assert sorted(classes.names[labels[1]].split()) == ["1", "2"]
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """A run whose letter 4a + b of a..p uses neuron 4a + b with gate 20 and 4a + (b+1) % 4 with 13.
 
-    Neuron i writes the capital of letter i. Layer 1 and attention write nothing; other tokens are 0.
+    Neuron i writes the capital of letter i. Layer 1 and attention write nothing; others are 0.
     """
     folder = tmp_path_factory.mktemp("planted")
     rng = np.random.default_rng(0)
-    letters = "".join("".join(rng.permutation(list("abcdefgh"))) for _ in range(16))    # 2 of each a window
+    letters = ""
+    for _ in range(16):     # two of each letter in a window
+        letters += "".join(rng.permutation(list("abcdefgh")))
     (folder / "text").mkdir()
-    (folder / "text/doc.txt").write_text("x")
+    (folder / "text/doc.txt").write_text("some text\n" * 100)
     meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
-    for part, text in (("train", ".aA.fF.kK" * 6 + ".pA" * 4), ("val", letters + "a")):
-        np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"]).tofile(folder / f"data/{part}.bin")
+    training = ".aA.fF.kK" * 6 + ".pA" * 4
+    for part, text in (("train", training), ("val", letters + "a")):
+        tokens = np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"])
+        tokens.tofile(folder / f"data/{part}.bin")
         meta[f"{part}_tokens"] = len(text)
     (folder / "data/meta.json").write_text(json.dumps(meta))
-    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16, d_key=32,
-                    n_channels=1, top_k=2)
+    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16,
+                    d_key=32, n_channels=1, top_k=2)
     model = GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_() if p.ndim > 1 else p.fill_(1)
         for i in range(16):
-            model.embedding.weight[ord("a") + i, i] = model.embedding.weight[ord("A") + i, 16 + i] = 1
+            model.embedding.weight[ord("a") + i, i] = 1
+            model.embedding.weight[ord("A") + i, 16 + i] = 1
         for block in model.blocks:
             block.ffn.router.query.weight.copy_(torch.eye(32))
             block.ffn.w_in.fill_(32**-0.5)      # so that every neuron reads 1 from a letter
         keys = model.blocks[0].ffn.router.keys  # (1, 2, 4, 32)
         for t in range(16):
             for half, best, second in ((0, t // 4, 1), (1, t % 4, 3)):
-                keys[0, half, best, t], keys[0, half, (best + 1) % 4, t] = 10 * 32**-0.5, second * 32**-0.5
+                keys[0, half, best, t] = 10 * 32**-0.5
+                keys[0, half, (best + 1) % 4, t] = second * 32**-0.5
         model.blocks[0].ffn.w_out[0, :, 16:] = torch.eye(16)
-    tokenizer = dict(ranks=(folder / "data/tokenizer.tiktoken").read_text(), pat_str=meta["pat_str"])
+    ranks = (folder / "data/tokenizer.tiktoken").read_text()
     save_checkpoint(folder / "ckpt.pt", dict(
-        model=model.state_dict(), config=vars(cfg) | dict(data_dir=str(folder / "data"), seed=0), data=meta,
-        tokenizer=tokenizer, step=0))
+        model=model.state_dict(), config=vars(cfg) | dict(data_dir=str(folder / "data"), seed=0),
+        data=meta, tokenizer=dict(ranks=ranks, pat_str=meta["pat_str"]), step=0))
     return folder
 
 
-def subject(folder, command, *options):
-    return analyze.Subject(analyze.parse_args([command, f"--out_dir={folder}", *options]))
-
-
 def test_planted_neighbours_are_found(planted):
-    study = subject(planted, "neighbors", "--prompt=b", "--layer=0")
-    torch.testing.assert_close(study.trained.gates[0, 0], torch.tensor([20.0, 13.0]), atol=1e-3, rtol=0)
-    rows = analyze.neighbors(study).tables[0][2]
+    run = analyze.circuits_of(planted, "cpu", 128)
+    expected = torch.tensor([20.0, 13.0])
+    torch.testing.assert_close(run.trained.gates[0, 0], expected, atol=1e-3, rtol=0)
+    rows = analyze.neighbors_section(run, 0, None, "b").tables[0].rows
     assert len(rows) == 11 and all("»b«" in row[2] for row in rows)
     assert [row[1] for row in rows[1:]] == pytest.approx([0] * 10, abs=1e-6)
-    tokens, circuits = study.trained.tokens, study.circuits(study.trained, 0)
+    tokens = run.trained.tokens
+    circuits = run.trained.circuits(0, None)
     place = int(np.flatnonzero(tokens == ord("b"))[0])
-    sim = analyze.gram(circuits, 16)[:, place:place + 1]
     is_b = torch.from_numpy(tokens.ravel() == ord("b"))[:, None]
+    sim = analyze.gram(circuits)[:, place:place + 1]
     found = analyze.nearest(sim, is_b, analyze.contexts_of(tokens))[0]
     assert {tokens.flat[i] for i, _ in found} <= set(b"ac")     # whose gate of 13 meets one of 20
-    assert [value for _, value in found] == pytest.approx([13 * 20 / (20**2 + 13**2)] * 10)
-    shares, chance = analyze.shares(circuits, np.arange(128), tokens, [tokens.ravel() // 4 % 2], 16)
-    assert shares[0].min() == 1 and chance[0] == pytest.approx(1 / 8)
+    cosine = 13 * 20 / (20**2 + 13**2)
+    assert [value for _, value in found] == pytest.approx([cosine] * 10)
+
+
+def test_planted_shares(planted):
+    """Near circuits are of the same letter; b's nearest others, a and c, are of its class."""
+    run = analyze.circuits_of(planted, "cpu", 128)
+    tokens = run.trained.tokens
+    label = tokens.ravel() // 4 % 2
+    places = np.arange(128)
+    shares = analyze.neighbor_shares(run.trained.circuits(0, None), places, tokens, label)
+    assert shares[0].min() == 1
+    chance = analyze.chance_shares(places, tokens, label)
+    assert chance[0] == pytest.approx(1 / 8)
+    for query, letter in enumerate(tokens.ravel()):
+        others = [other for other in b"abcdefgh" if other != letter]
+        same = [other // 4 % 2 == letter // 4 % 2 for other in others]
+        assert chance[1, query] == pytest.approx(np.mean(same))
 
 
 def test_planted_usage_and_coactivation(planted):
-    study = subject(planted, "usage")
-    rows = study.trained.rows[0]
-    assert analyze.usage_of(rows, 1, 16)[0] == pytest.approx([0.5, 0.5, 0.75])      # 8 of 16, all alike
+    run = analyze.circuits_of(planted, "cpu", 128)
+    rows = run.trained.rows[0]
+    load = analyze.load_of(rows, 16)
+    assert load == pytest.approx([0.5, 0.5, 0.75, 2, 1])        # 8 of 16, all alike
     P = torch.zeros(16, 16)
     for i in range(8):
         group = i // 4 * 4
-        P[i, i], P[i, group + (i + 1) % 4], P[i, group + (i - 1) % 4] = 1, 0.5, 0.5
+        P[i, i] = 1
+        P[i, group + (i + 1) % 4] = P[i, group + (i - 1) % 4] = 0.5
     torch.testing.assert_close(analyze.coactivation(rows, 16), P.double())
     torch.testing.assert_close(analyze.coactivation(rows, 4), P[:4, :4].double())
-    assert analyze.usage(study).tables[0][2][0] == pytest.approx([0, 0, 0.5, 8, 0.5, 0.75, 0.5, 0.75])
-    assert analyze.shared_subkeys(rows, 4) == pytest.approx([1 / 3, 0, 0])      # two of three, half the time
+    usage = analyze.usage_section(run, 0, None).tables[0].rows
+    assert usage[0] == pytest.approx([0, 0, 0.5, 8, 0.5, 0.5, 0.75, 2, 1, 1, 2])
+    assert usage[1][1] == "all" and usage[1][2:] == usage[0][2:]
+    assert analyze.shared_subkeys(rows, 4) == pytest.approx([1 / 3, 0, 0])  # 2 of 3, half the time
+    ids = torch.tensor([[0, 1, 5], [0, 4, 8]])      # (0,0) (0,1) (1,1), and (0,0) (1,0) (2,0)
+    assert analyze.different_subkeys(ids, 4) == [2.5, 1.5]
 
 
-def test_planted_patches_have_their_effects(planted):
-    study = subject(planted, "patch", "--template=.{}")
-    prefix, suffix, facts = analyze.find_facts(study, ".{}")
-    assert [tuple(fact) for fact in facts] == [(ord(word), ord(word) - 32, 6, 6) for word in "afk"]
-    assert (prefix, suffix) == ([ord(".")], [])
-    section = analyze.patching(study)
+def test_planted_patches_have_their_effects(planted, tmp_path):
+    run = analyze.circuits_of(planted, "cpu", 2)
+    template = analyze.Template(run, ".{}")
+    assert (template.prefix, template.suffix) == ([ord(".")], [])
+    found = analyze.find_facts(run, template)
+    assert [(chr(fact.word), chr(fact.answer), fact.count, fact.total) for fact in found] == [
+        ("f", "F", 6, 6), ("k", "K", 6, 6), ("a", "A", 6, 6)]
+    assert [fact.lift for fact in found] == pytest.approx([22 / 6, 22 / 6, 22 / 10])
+    (tmp_path / "facts").write_text("k:K\n a : A\n")
+    assert analyze.given_facts(run, template, "f:F, k:K\na:A") == found
+    with pytest.raises(analyze.Mistake, match="has 2 facts, of 3 needed"):
+        analyze.given_facts(run, template, str(tmp_path / "facts"))
+    section = analyze.patching_section(run, ".{}", None)
     assert "own gates, which change 0 at most" in section.text
-    effects = {row[1]: row for row in section.tables[0][2]}
-    for layers, expected in (("all", [1, 0.5, 0.5, 1, 0]), ("0", [1, 0.5, 0.5, 1, 0]), ("1", [0] * 5)):
-        assert [value.mean for value in effects[layers][2:]] == pytest.approx(expected, abs=1e-5)
-        assert [value.half for value in effects[layers][2:]] == pytest.approx([0] * 5, abs=1e-5)
-    assert [row[0] for row in section.tables[1][2]] == ["a → A", "f → F", "k → K"]
-    assert [row[4] for row in section.tables[1][2]] == ["A", "F", "K"]      # the model's first choice
+    for row in section.tables[0].rows:
+        effect = 0 if row[1] == "1" else 1      # of all layers, and of layer 0
+        assert [value.mean for value in row[2:]] == pytest.approx(
+            [effect, effect / 2, effect / 2], abs=1e-5)
+        assert [value.half for value in row[2:]] == pytest.approx([0] * 3, abs=1e-5)
+    assert [row[0] for row in section.tables[1].rows] == ["f → F", "k → K", "a → A"]
+    assert [row[5] for row in section.tables[1].rows] == ["F", "K", "A"]    # its first choice
 
 
-def test_kinds_of_python_tokens():
-    code = b"def f(x):\n    return len('a # b') + 10  # it's\ny = rb\"\"\"x\n'y' \"\"\""
-    kinds = [(match.lastgroup, match[0].decode()) for match in analyze.PYTHON.finditer(code)]
-    assert "".join(text for _, text in kinds).encode() == code
-    assert [text for kind, text in kinds if kind == "string"] == ["'a # b'", 'rb"""x\n\'y\' """']
-    assert ("number", "10") in kinds and ("comment", "# it's") in kinds
-    assert ("indentation", "\n    ") in kinds
+def test_blanks_of_facts_are_those_of_the_template(planted):
+    run = analyze.circuits_of(planted, "cpu", 2)
+    blanks = {"The {} was": "  ", "from {} import": "  ", "@{}(": "", "a {}": "  ", ".{} ": " "}
+    for text, expected in blanks.items():
+        template = analyze.Template(run, text)
+        assert template.word_blank + template.answer_blank == expected
 
 
 def test_report_holds_everything_and_loads_nothing(planted, capsys):
-    tables = [("Students", ["m", "change"], [[8, analyze.Estimate(0.5, 0.25)]])]
-    (planted / "mimic.json").write_text(json.dumps({"Mimic": vars(analyze.Section("Mimic", "", tables))}))
     analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
-    assert list(content) == ["Part 1: left out", "Neighbours", "Do near circuits mean alike?", "Map",
-                             "Usage and co-activation", "Patching", "Mimic"]
-    assert "8  0.500 ± 0.250" in out
-    (planted / "mimic.json").write_text("[]")
-    with pytest.raises(ValueError, match="mimic.json is not what python analyze.py mimic writes"):
-        analyze.repeated("mimic", argparse.Namespace(args=argparse.Namespace(out_dir=planted)))
-    (planted / "mimic.json").unlink()
-    assert "log.jsonl is missing" in content["Part 1: left out"]["text"] and "== Patching ==" in out
-    section = analyze.Section("a & b", "c < d", [("t", ["x"], [["<i>»y«"]])], [{"data": []}])
-    text = analyze.page("<title>", [section], "")
-    assert "http" not in text and "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text
-    assert json.loads(html.unescape(re.search('data-figure="(.*?)"', text)[1])) == {"data": []}
+    assert list(content) == ["Neighbours", "Do near circuits mean alike?", "Map",
+                             "Usage and co-activation", "Patching", "Curves"]
+    assert "log.jsonl is missing" in content["Curves"][0] and "== Patching ==" in out
+    assert (planted / "report.html").exists() == bool(analyze.go)
+
+
+def test_the_page_escapes_its_text():
+    section = analyze.Section("a & b", "c < d", [analyze.Table("t", ["x"], [["<i>»y«"], [None]])])
+    pytest.importorskip("plotly")
+    text = analyze.page("<title>", [section])
+    assert "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text and "c &lt; d" in text
+    assert "<td>-</td>" in text and "&lt;title&gt;" in text and 'src="http' not in text
+
+
+def test_pca_keeps_the_distances_of_the_plane():
     inner = torch.tensor([[1.0, 0], [0.6, 0.8], [-0.6, 0.8], [0, -1]])
-    flat = torch.from_numpy(analyze.plane(inner @ inner.T, "PCA"))
+    flat = torch.from_numpy(analyze.plane(inner @ inner.T, None))
     torch.testing.assert_close(torch.cdist(flat, flat), torch.cdist(inner, inner).double())
-    assert (planted / "report.html").exists() == bool(importlib.util.find_spec("plotly"))
-    assert importlib.util.find_spec("umap") or "pip install umap-learn" in content["Map"]["text"]
+
+
+def test_broken_extras_and_a_closed_pipe_lose_nothing(planted, tmp_path):
+    """Another package named umap, a plotly that does not load, and `| head -n 1`."""
+    (tmp_path / "umap.py").write_text("")
+    (tmp_path / "plotly.py").write_text("raise RuntimeError('no numba')")
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "analyze.py", "report", f"--out_dir={planted}", "--windows=8"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in errors
+    content = json.loads((planted / "report.json").read_text())
+    assert "cannot import name 'UMAP'" in content["Map"][0]
+    command[2] = "map"
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stderr.startswith("analyze.py: a map needs plotly")
+    assert "no numba" in result.stderr
+
+
+def test_an_unwritable_folder_is_found_before_the_computing(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "read_log", lambda run: pytest.fail("it computes"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="analyze.py: .*(Not a directory|File exists)"):
+        analyze.main(["curves", "run", f"--out_dir={tmp_path}/file/out"])
 
 
 def test_gaussian_inputs_have_the_mean_and_the_covariance():
     torch.manual_seed(0)
     x = torch.randn(1000, 5).exp() @ torch.randn(5, 6) + torch.arange(6)      # skewed, of rank 5
     samples = analyze.gaussian_like(x, 200_000).double()
-    centred, covariance = samples - samples.mean(0), x.double().T.cov()
+    centred = samples - samples.mean(0)
+    covariance = x.double().T.cov()
     variance = covariance.diagonal()
-    assert ((samples.mean(0) - x.double().mean(0)).abs() < 5 * (variance / 200_000).sqrt()).all()
-    error = (variance[:, None] * variance + covariance**2) / 200_000        # squared, of a sample covariance
-    assert ((samples.T.cov() - covariance).abs() < 5 * error.sqrt()).all()
+    bound = 5 * (variance / 200_000).sqrt()
+    assert ((samples.mean(0) - x.double().mean(0)).abs() < bound).all()
+    squared_error = (variance[:, None] * variance + covariance**2) / 200_000
+    assert ((samples.T.cov() - covariance).abs() < 5 * squared_error.sqrt()).all()
     assert ((centred / variance.sqrt())**3).mean(0).abs().max() < 0.05      # and no skewness
 
 
@@ -1817,10 +2053,12 @@ def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
     assert analyze.unexplained(torch.eye(3), torch.eye(3)) == 0
     assert analyze.unexplained(torch.eye(3), torch.full((3, 3), 1 / 3)) == pytest.approx(1)
     torch.manual_seed(1)
-    (centres, w_in, w_out), chosen, left = torch.randn(3, 64, 16), torch.randint(64, (4096,)), {}
+    centres, w_in, w_out = torch.randn(3, 64, 16)
+    chosen = torch.randint(64, (4096,))
     x = centres[chosen] + 0.02 * torch.randn(4096, 16)
     y = (x * w_in[chosen]).sum(1, keepdim=True) * w_out[chosen]
     y /= y.std()
+    left = {}
     for name in ("dense", "sgatlin"):
         student = analyze.make_student(name, 8, 16)
         analyze.fit(student, x[:3072], y[:3072], 150)
@@ -1830,195 +2068,203 @@ def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
     assert left["dense"] > torch.linalg.eigvalsh(covariance)[:8].sum() / covariance.trace() > 0.1
 
 
-def test_costs_and_dense_neurons():
-    D, N, r = 32, analyze.NEURONS, 8
-    assert analyze.costs(analyze.make_student("dense", 8, D)) == [2 * 8 * D, 2 * 8 * D, 4 * 8 * D]
-    keys = D * r + r * N
-    assert analyze.costs(analyze.make_student("mixture", 8, D)) == [
-        keys + 2 * (N + 4) * D, keys + 2 * 8 * D, 2 * keys + 4 * 8 * D]
-    keys = D * r + r * 4 * 2 * 33
-    assert analyze.costs(analyze.make_student("sgatlin", 8, D)) == [
-        keys + 2 * N * D, keys + 2 * 8 * D, 2 * keys + 4 * 8 * D]
-    dense = {8: 0.4, 32: 0.1, 64: 0.01}
-    found = [analyze.dense_neurons(left, dense) for left in (0.5, 0.4, 0.2, 0.1, 0.01, 0.001)]
-    assert found == ["< 8", *(pytest.approx(m) for m in (8, 16, 32, 64)), "> 64"]
-
-
 def dense_run(folder, planted):
     """The run planted, as one of an mlp, in another folder."""
     state = load_checkpoint(planted / "ckpt.pt")
     state["config"] |= dict(ffn="mlp")
     torch.manual_seed(0)
-    state["model"] = GPT(GPTConfig(**{name: state["config"][name]
-                                      for name in GPTConfig.__dataclass_fields__})).state_dict()
+    settings = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__}
+    state["model"] = GPT(GPTConfig(**settings)).state_dict()
     save_checkpoint(folder / "ckpt.pt", state)
 
 
 def test_mimic(planted, tmp_path, monkeypatch):
     dense_run(tmp_path, planted)
     monkeypatch.setattr(analyze, "QUICK", analyze.Effort((8,), 2**14, 3))
-    tables = []
+    results = []
     for _ in range(2):
         analyze.main(["mimic", f"--out_dir={tmp_path}", "--quick"])
-        content = json.loads((tmp_path / "mimic.json").read_text())["Mimic"]
-        tables.append(content["tables"])
-    assert tables[0] == tables[1] and "Quick" in content["text"] and "layer 1" in content["text"]
-    students, anchors, layer = (rows for _, _, rows in tables[0])
+        results.append(json.loads((tmp_path / "mimic.json").read_text())["Mimic"])
+    assert results[0] == results[1]
+    text, tables = results[0]
+    assert "Quick" in text and "layer 1" in text
+    students, anchors, layer = (rows for _, _, rows in tables)
     assert [row[:3] for row in students] == [
-        [kind, 8, name] for kind in ("real", "Gaussian") for name in ("dense", "mixture", "sgatlin")]
-    model = analyze.load_model(tmp_path / "ckpt.pt", "cpu")[0]
-    x, y = subject(tmp_path, "mimic").data.windows("val", 16 * np.arange(8), torch.device("cpu"))
-    assert anchors[0][1:] == [pytest.approx(model(x, y)[1].item()), [0, 0]]
-    model.blocks[1].ffn.down.weight.data.zero_()
-    assert anchors[2][1] == pytest.approx(model(x, y)[1].item())
-    assert layer == [[2 * 32 * 128, 2 * 32 * 128, 4 * 32 * 128]]
+        [kind, 8, name] for kind in ("real", "Gaussian") for name in analyze.STUDENTS]
+    run = analyze.Run(tmp_path, "cpu", 128)
+    x, y = run.data.windows("val", 16 * np.arange(8))
+    assert anchors[0][1:] == [pytest.approx(run.model(x, y)[1].item()), [0, 0]]
+    run.model.blocks[1].ffn.down.weight.data.zero_()
+    assert anchors[2][1] == pytest.approx(run.model(x, y)[1].item())
+    assert layer == [[2 * 32 * 128, 4 * 32 * 128]]
 
 
 def test_addition_is_that_of_integers():
-    """Every text decodes to x and x + 7, the loss counts the outputs alone, and carries are those by hand."""
-    counted = []
-    for x, row in enumerate(zip(*(t.tolist() for t in analyze.addition()), strict=True)):
-        inputs, targets, carries = row
+    """Every text decodes to x and x + 7, and the loss counts the outputs alone."""
+    for x, (inputs, targets) in enumerate(zip(*(t.tolist() for t in analyze.addition()))):
         number = "".join(map(str, inputs[2::-1]))
         assert (int(number), inputs[3], inputs[4:]) == (x, analyze.EOS, targets[3:7])
         assert targets[:3] == [-100] * 3 and targets[7] == analyze.EOS
         assert int("".join(map(str, targets[6:2:-1]))) == x + 7
-        carry, by_hand = 7, 0
-        for digit in reversed(number):
-            carry = (int(digit) + carry) // 10
-            by_hand += carry
-        assert carries == by_hand
-        counted.append(carries)
-    assert collections.Counter(counted) == {0: 300, 1: 630, 2: 63, 3: 7}
+    assert x == 999
 
 
 @pytest.mark.parametrize("name", ["dense 256", "MoE top-1", "sgatlin"])
 def test_zeroed_layers_add_nothing(name):
     """A layer with its output zeroed by a hook is one whose last weights are zero."""
-    inputs, targets, _ = analyze.addition()
+    inputs, targets = analyze.addition()
     targets = targets.clamp(min=0)
     for layer, last in (("ffn", ("down.weight", "w2", "b2", "w_out")), ("attn", ("out.weight",))):
         model = analyze.addition_model(name, True, 0)
         part = getattr(model.blocks[0], layer)
         whole = analyze.right_digits(model, inputs, targets, [])
         zeroed = analyze.right_digits(model, inputs, targets, [part])
-        assert torch.equal(whole, analyze.right_digits(model, inputs, targets, []))     # the hook is gone
+        again = analyze.right_digits(model, inputs, targets, [])
+        assert torch.equal(whole, again)        # the hook is gone
         with torch.no_grad():
             written = [p.zero_() for key, p in part.named_parameters() if key in last]
-        assert written and torch.equal(zeroed, analyze.right_digits(model, inputs, targets, []))
-        assert not torch.equal(zeroed, whole)
+        assert written and not torch.equal(zeroed, whole)
+        assert torch.equal(zeroed, analyze.right_digits(model, inputs, targets, []))
 
 
 @pytest.mark.parametrize("name", ["MoE top-1", "sgatlin"])
 def test_frozen_routers_keep_their_weights(name, monkeypatch):
-    models, make = [], analyze.addition_model
-    monkeypatch.setattr(analyze, "addition_model", lambda *args: models.append(make(*args)) or models[-1])
+    models = []
+    make = analyze.addition_model
+
+    def kept(*args):
+        models.append(make(*args))
+        return models[-1]
+
+    monkeypatch.setattr(analyze, "addition_model", kept)
     for frozen in (False, True):
         variant = name + ", frozen router" * frozen
         analyze.learn_addition(variant, False, 3, 2, "cpu")
         before = dict(make(variant, False, 3).named_parameters())
-        same = {key for key, p in models.pop().named_parameters() if torch.equal(p, before[key])}
-        assert same == {key for key in before if frozen and (".router." in key or ".gate." in key)}
-        assert bool(same) == frozen
+        trained = dict(models.pop().named_parameters())
+        same = {key for key in before if torch.equal(trained[key], before[key])}
+        router = {key for key in before if ".router." in key or ".gate." in key}
+        assert same == (router if frozen else set()) and router
 
 
 def test_sign_flips():
-    assert analyze.sign_flip_test(np.array([1, 2, 3, 4, 5.0])) == 2 / 32        # all of one sign
-    assert analyze.sign_flip_test(np.array([0.1, 0.2, -0.3])) == 1              # their sum is zero
-    assert analyze.sign_flip_test(np.array([1, 1, 1, -1.0])) == 10 / 16         # |sum| 2 or 4: 8 and 2 of 16
+    assert analyze.sign_flip_test([1, 2, 3, 4, 5.0]) == 2 / 32        # all of one sign
+    assert analyze.sign_flip_test([0.1, 0.2, -0.3]) == 1              # their sum is zero
+    assert analyze.sign_flip_test([1, 1, 1, -1.0]) == 10 / 16         # |sum| 2 or 4: 8 and 2 of 16
 
 
 def test_redistribute_quick(tmp_path, monkeypatch, capsys):
     """The numbers are those of the same trainings in this process."""
     monkeypatch.setattr(analyze, "QUICK_STEPS", 2)
-    monkeypatch.setattr(analyze, "VARIANTS", {name: variant for name, variant in analyze.VARIANTS.items()
-                                              if name.startswith("sgatlin")})
+    variants = {name: analyze.VARIANTS[name] for name in ("sgatlin", "sgatlin, frozen router")}
+    monkeypatch.setattr(analyze, "VARIANTS", variants)
     analyze.main(["redistribute", "--quick", f"--out_dir={tmp_path}", "--device=cpu"])
-    assert capsys.readouterr().out.count(": 2 steps, accuracy ") == 8
-    section = json.loads((tmp_path / "redistribute.json").read_text())["Redistribute"]
-    assert section["text"].startswith("Quick: 2 steps at most")
-    plain, normed, tests, details = (rows for _, _, rows in section["tables"])
-    assert [row[0] for row in plain] == [row[0] for row in normed] == list(analyze.VARIANTS)
-    alone = [analyze.learn_addition("sgatlin", True, seed, 2, "cpu")[1] for seed in analyze.SEEDS[:2]]
-    means = torch.tensor(alone).mean(0).tolist()
-    assert [normed[0][i][0] for i in (5, 6, 8)] == pytest.approx([part[0] for part in means], abs=1e-6)
-    found = [[value[0] for value in row[3:]] for row in details if row[:2] == ["norm", "sgatlin"]]
-    assert found == [pytest.approx(part[1:], abs=1e-6) for part in means]
+    assert capsys.readouterr().err.count(": 2 steps, accuracy ") == 8
+    text, tables = json.loads((tmp_path / "redistribute.json").read_text())["Redistribute"]
+    assert text.startswith("Quick: 2 steps at most")
+    plain, normed, tests = (rows for _, _, rows in tables)
+    assert [row[0] for row in plain] == [row[0] for row in normed] == list(variants)
+    alone = [analyze.learn_addition("sgatlin", True, s, 2, "cpu") for s in analyze.SEEDS[:2]]
+    means = torch.tensor(alone, dtype=torch.double).mean(0)[1:]
+    assert [value[0] for value in normed[0][5:]] == pytest.approx(means.tolist(), abs=1e-6)
     assert [row[:2] for row in tests] == [["no norm", "sgatlin"], ["norm", "sgatlin"]]
     assert all(row[4][0] == pytest.approx(row[3][0] - row[2][0]) for row in tests)
 
 
-def test_curves(tmp_path, capsys):
+def write_log(path, config, evals, **start):
+    lines = [dict(event="config", config=config, **start)]
+    lines += [dict(event="eval", **entry) for entry in evals]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "ev')      # killed
+
+
+def test_curves(tmp_path):
     for name, loss in (("a", 3.0), ("b", 2.0)):
-        (tmp_path / name).mkdir()
-        lines = [dict(event="config", config=dict(ffn="mlp"))] + [
-            dict(event="eval", step=s, tokens=10 * s, flops=100 * s, seconds=0.5 * s, train_loss=9.0,
-                 val_loss=loss + 1 / (1 + s), val_bits_per_byte=1.0) for s in (0, 1, 3)]
-        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "ev')
-    analyze.main(["curves", f"{tmp_path}/a", f"{tmp_path}/b/log.jsonl", f"--out_dir={tmp_path}/out"])
-    table = json.loads((tmp_path / "out/curves.json").read_text())["Curves"]
-    for row, loss in zip(table["tables"][0][2], (3.25, 2.25), strict=True):
+        evals = [dict(step=s, tokens=10 * s, flops=100 * s, seconds=0.5 * s, train_loss=9.0,
+                      val_loss=loss + 1 / (1 + s), val_bits_per_byte=1.0, used=[0.1 * s, 1.0],
+                      gini=[0.5, 0.6]) for s in (0, 1, 3)]
+        write_log(tmp_path / name / "log.jsonl", dict(ffn="sgatlin", n_layer=2), evals)
+    section = analyze.curves_section([tmp_path / "a", tmp_path / "b/log.jsonl"])
+    for row, loss in zip(section.tables[0].rows, (3.25, 2.25), strict=True):
         assert row[2:] == [3, 30, 300, 1.5, 9.0, loss, 1.0]
-    assert [(d["x"], d["y"]) for d in table["figures"][0]["data"][:4]] == [
-        ([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]), ([0.5, 1.5], [3.5, 3.25])]
+    pytest.importorskip("plotly")
+    losses, usage = section.figures
+    lines = [(list(d.x), list(d.y)) for d in losses.data if d.name == f"{tmp_path}/a (sgatlin)"]
+    assert lines == [([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]),
+                     ([0.5, 1.5], [3.5, 3.25])]
+    lines = [(list(d.x), list(d.y)) for d in usage.data if d.name == f"{tmp_path}/a, layer 0"]
+    assert lines == [([1, 3], pytest.approx([0.1, 0.3])), ([1, 3], [0.5, 0.5])]
 
 
-def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x", until=20,
-               **settings):
+def test_missing_values_are_dashes(tmp_path, capsys):
+    """Runs stopped before a step, or before the first evaluation, or of an old train.py."""
+    young = dict(step=0, tokens=0, flops=0, seconds=0.0, train_loss=None, val_loss=9.0,
+                 val_bits_per_byte=3.0)
+    for name, evals in (("young", [young]), ("unborn", []), ("old", [dict(step=5, val_loss=4.0)])):
+        write_log(tmp_path / f"{name}.jsonl", dict(ffn="mlp"), evals)
+    runs = [str(tmp_path / f"{name}.jsonl") for name in ("young", "unborn", "old")]
+    analyze.main(["curves", *runs, f"--out_dir={tmp_path}"])
+    out = capsys.readouterr().out
+    table = [line.split()[1:] for line in out.splitlines() if ".jsonl" in line]
+    assert table == [["mlp", "0", "0", "0", "0.000", "-", "9.000", "3.000"], ["mlp", *"-------"],
+                     ["mlp", "5", "-", "-", "-", "-", "4.000", "-"]]
+    with pytest.raises(SystemExit, match="was not trained to a budget"):
+        analyze.main(["isoflop", *runs, f"--out_dir={tmp_path}"])
+
+
+def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x",
+               until=20, **settings):
     """The log of a run of 20 steps, with three evaluations and these losses."""
     cfg = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
-    versions = dict(machine=machine, processes=1)
-    lines = [dict(event="config", config=cfg, data=dict(fingerprint=fingerprint), versions=versions)] + [
-        dict(event="eval", step=s, tokens=10 * s, flops=100 * s, seconds=seconds * s / 20, train_loss=9.0,
-             val_loss=loss, val_bits_per_byte=loss / 2) for s, loss in zip((0, 10, until), losses)]
-    folder.mkdir(exist_ok=True)
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    evals = [dict(step=s, tokens=10 * s, flops=100 * s, seconds=seconds * s / 20, train_loss=9.0,
+                  val_loss=loss, val_bits_per_byte=loss / 2)
+             for s, loss in zip((0, 10, until), losses)]
+    write_log(folder / "log.jsonl", cfg, evals, data=dict(fingerprint=fingerprint),
+              versions=dict(machine=machine, processes=1))
     return folder
 
 
 def test_isoflop(tmp_path):
-    runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1), 140),
-            budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), 160, seed=1),    # means: 4 at 75 s, 3 at 150
-            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), n_layer=2),     # the quickest
+    runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
+            budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
+            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), n_layer=2),
             budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
-            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5))]
-    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
-    result = json.loads((tmp_path / "isoflop.json").read_text())["Equal FLOPs"]
-    (_, _, rows), (_, _, races) = result["tables"]
-    assert [row[:2] + row[8:11] for row in rows] == [
-        ["sgatlin swish no norm", "*", 1, 2.5, "-"],
-        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx(0.02**0.5)], ["sgatlin", "", 1, 3.2, "-"],
-        ["mlp", "*", 1, 3.5, "-"]]
+            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5)),
+            budget_run(tmp_path / "f", "mlp", (8, 5, 3.3), flops=2e12)]
+    section = analyze.isoflop_section(runs)
+    rivals, table, _ = section.tables
+    assert [row[:2] + row[8:11] for row in table.rows] == [
+        ["sgatlin swish no norm", "*", 1, 2.5, (None, None)],
+        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx((3, 12.706 * 0.02**0.5 / 2**0.5))],
+        ["sgatlin", "", 1, 3.2, (None, None)], ["mlp", "*", 1, 3.5, (None, None)]]
     model = on_meta(GPTConfig())
-    assert rows[1][2:8] == [f"{tmp_path}/a", "4 x 256, 8 x 1024 k 8 d_key 128", *model.num_params(), 200, 20]
-    assert rows[1][11:] == pytest.approx([math.exp(3), 1.5, 150])
-    assert races == [["sgatlin", "sgatlin swish no norm", 2.5, 100, "-", "-"],
-                     ["sgatlin swish no norm", "sgatlin", *map(pytest.approx, (3, 150, 250 / 3, 5 / 9))],
-                     ["sgatlin", "mlp", *map(pytest.approx, (3.5, 100, 50 * 45 / 46, 0.5 * 45 / 46))]]
-    lines = {(d["name"], d["xaxis"]): (d["x"], d["y"]) for d in result["figures"][0]["data"]}
-    assert lines["mlp", "x2"] == ([50, 100], [5, 3.5]) and len(lines["sgatlin", "x1"][0]) == 2
+    assert table.rows[1][2:8] == ["4 x 256, 8 x 1024 k 8 d_key 128", f"{tmp_path}/a",
+                                  *model.num_params(), 200, 20]
+    assert table.rows[1][11:] == pytest.approx([math.exp(3), 1.5, 100])
+    for row, expected in zip(rivals.rows, (
+            ["sgatlin swish no norm", math.exp(3), math.exp(2.5), math.exp(0.5), 100, None],
+            ["mlp", math.exp(3), math.exp(3.5), math.exp(-0.5), 100,
+             (50 + 50 * 0.7 / 1.1 + 50 + 50 * 0.3 / 0.9) / 2]), strict=True):
+        assert row == ["1e+12", expected[0], *map(pytest.approx, expected[1:5]),
+                       expected[5] and pytest.approx(expected[5])]
     budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
-    section = analyze.isoflop(runs)
-    assert len(section.tables) == 1 and len(section.figures[0]["data"]) == 3
-    assert "no seconds are compared: the runs are of cpu: 1 threads, 1 process(es)" in section.text
+    assert analyze.isoflop_section(runs).tables[0].rows[1][6] is None       # another machine
+    pytest.importorskip("plotly")
+    traces = {(d.name, d.mode): (list(d.x), list(d.y)) for d in section.figures[0].data}
+    assert traces["sgatlin", "lines"] == ([1e12], [3]) and len(traces["sgatlin", "markers"][0]) == 3
+    assert traces["mlp", "lines"] == ([1e12, 2e12], [3.5, 3.3])
 
 
 @pytest.mark.parametrize("other, message", [
     (dict(fingerprint="y"), "a and .*b are not comparable: data=x and y"),
     (dict(eval_sequences=64), "a and .*b are not comparable: eval_sequences=128 and 64"),
-    (dict(block_size=512), "block_size=1024 and 512"), (dict(vocab_size=99), "vocab_size=8192 and 99"),
-    (dict(batch_size=8), "batch_size=256 and 8"), (dict(learning_rate=1.0), "learning_rate=0.001 and 1.0"),
-    (dict(weight_decay=0.0), "weight_decay=0.1 and 0.0"), (dict(warmup_steps=0), "warmup_steps=100 and 0"),
-    (dict(decay_fraction=0.5), "decay_fraction=0.2 and 0.5"), (dict(grad_clip=1.0), "grad_clip=2.0 and 1"),
-    (dict(dtype="float32"), "dtype=auto on cpu and float32"),
-    (dict(machine="cuda: H200"), "dtype=auto on cpu and auto on cuda"),
+    (dict(learning_rate=1.0), "learning_rate=0.001 and 1.0"),
     (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
     (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
-    (dict(flops=2e12), r"a alone has flops=1e\+12 \(other budgets: 2e\+12\): there is nothing to compare"),
     ({}, "a and .*b are the same run, with seed=1337")])
 def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
-    runs = [budget_run(tmp_path / name, "mlp", (8, 5, 3), **settings)
-            for name, settings in (("a", {}), ("b", other))]
+    runs = [budget_run(tmp_path / "a", "mlp", (8, 5, 3)),
+            budget_run(tmp_path / "b", "mlp", (8, 5, 3), **other)]
     with pytest.raises(SystemExit, match=message) as stop:
         analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
     assert stop.value.code.startswith("analyze.py: ") and "\n" not in stop.value.code
@@ -2028,21 +2274,35 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
 @pytest.mark.parametrize("argv, message, code", [
     (["neighbors", "--out_dir=nowhere"], "nowhere/ckpt.pt is missing", 1),
     (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
-    (["neighbors", "--prompt="], "has 0 tokens", 1), (["usage", "--layer=2"], "--layer goes from 0 to 1", 1),
-    (["patch"], "give one with --template", 1), (["patch", "--template=abc"], "needs one {}", 1),
+    (["neighbors", "--prompt="], "has 0 tokens", 1),
+    (["usage", "--layer=2"], "--layer=2: it goes from 0 to 1", 1),
+    (["usage", "--channel=-1"], "--channel=-1: it goes from 0 to 0", 1),
+    (["patch"], "give one with --template", 1),
+    (["patch", "--template=abc"], "needs one {}", 1),
     (["patch", "--template=q{}"], "has 0 facts with 5 occurrences", 1),
-    (["curves", "none"], "none/log.jsonl is missing", 1), (["usage", "--promt=x"], "unrecognized", 2),
-    (["usage", "--windows=1"], "--windows=1 must be 2 or more", 2),
-    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1), (["moved"], "prepare that again", 1),
+    (["patch", "--template=.{}", "--facts=a:A,f"], "has 'f', which is not word:answer", 1),
+    (["patch", "--template=.{}", "--facts=a:A,f:FF"], "has 'FF', which is 2 tokens", 1),
+    (["patch", "--template=.{}", "--facts=a:A,f:A"], "has the answer of 'f:A' twice", 1),
+    (["patch", "--template=.{}", "--facts=a:A,f:F"], "has 2 facts, of 3 needed", 1),
+    (["report", "--template=.{}", "--facts=none"], "No such file or directory: 'none'", 1),
+    (["curves", "none"], "none/log.jsonl is missing", 1),
+    (["usage", "--promt=x"], "unrecognized", 2),
+    (["usage", "--windows=1"], "--windows: 1 must be 2 or more", 2),
+    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1),
+    (["moved"], "prepare that again", 1),
     (["softmax"], "has softmax_gates or shared_pool: circuits are read from raw", 1),
     (["mimic"], "has ffn=sgatlin, mimic needs an mlp: python train.py --ffn=mlp", 1)])
-def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
-    changes = dict(moved=("data", dict(fingerprint="other")), softmax=("config", dict(softmax_gates=True)))
-    if argv[0] in ("dense", *changes):
-        dense_run(tmp_path, planted)
-        if argv[0] in changes:
-            state, (part, change) = load_checkpoint(planted / "ckpt.pt"), changes[argv[0]]
-            state[part] |= change
+def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {"dense": {}, "moved": dict(data=dict(fingerprint="other")),
+               "softmax": dict(config=dict(softmax_gates=True, ffn="sgatlin"))}
+    if argv[0] in changes:
+        if argv[0] == "dense":
+            dense_run(tmp_path, planted)
+        else:
+            state = load_checkpoint(planted / "ckpt.pt")
+            for part, change in changes[argv[0]].items():
+                state[part] |= change
             save_checkpoint(tmp_path / "ckpt.pt", state)
         argv = ["usage", f"--out_dir={tmp_path}"]
     elif "nowhere" not in argv[-1] and argv[0] != "curves":
@@ -2052,6 +2312,7 @@ def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys):
     text = stop.value.code if code == 1 else capsys.readouterr().err.strip()
     assert text.startswith("analyze.py: ") and message in text and "\n" not in text
     assert code == 1 or stop.value.code == 2
+    assert not Path("nowhere").exists()
 
 
 if __name__ == "__main__":
