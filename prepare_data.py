@@ -1,7 +1,7 @@
 """Text in, tokens out: makes data/NAME/ with train.bin, val.bin, tokenizer.tiktoken and meta.json.
 
     python prepare_data.py                           # the standard library: needs no network
-    python prepare_data.py python --site_packages    # and every installed package
+    python prepare_data.py python --site_packages    # and every installed package: data/packages/
     python prepare_data.py tinystories               # or shakespeare; downloaded to data/NAME/
     python prepare_data.py notes.md books 'logs/*.jsonl.gz'    # your own text
 
@@ -412,7 +412,7 @@ def count_pairs(words, counts):
 
 
 def first_place(pair, numbers, words, tokens):
-    """Where a pair first occurs in the words of these numbers: (the word's number, the byte in it)."""
+    """Where a pair first occurs in the words of these numbers: (number of the word, byte in it)."""
     for number in sorted(set(numbers)):
         position = words[number].find(pair)
         if position >= 0:
@@ -682,7 +682,8 @@ def parse_arguments():
                         help="default: bpe")
     parser.add_argument("--vocab_size", type=int,
                         help=f"of the bpe, {EOT} included; default: 8192")
-    parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
+    parser.add_argument("--out_dir", help="default: data/ and the name of the first source; "
+                        "data/packages with --site_packages")
     parser.add_argument("--val_fraction", type=float,
                         help=f"share of the bytes, default: {VAL_FRACTION}; not for tinystories, "
                         "which has a file for it")
@@ -695,7 +696,9 @@ def parse_arguments():
         args.vocab_size = 8192
     if not args.source:
         args.source = ["python"]
-    if args.out_dir is None:
+    if args.out_dir is None and args.site_packages:
+        args.out_dir = DATA / "packages"
+    elif args.out_dir is None:
         # the name of a glob is that of the folder before its first part with a * or ?
         parts = Path(args.source[0]).parts
         plain = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
@@ -728,10 +731,9 @@ def main():
     n_tokens = meta["train_tokens"] + meta["val_tokens"]
     print(f"{n_bytes / n_tokens:.2f} bytes per token, vocabulary {meta['vocab_size']}, "
           f"{meta['skipped']} files skipped (not UTF-8), {meta['duplicates']} duplicates left out")
-    is_default = Path(args.out_dir) == DATA / "python"
-    flag = "" if is_default else f" --data_dir={shlex.quote(str(args.out_dir))}"
     done = "replaced" if replaces else "wrote"
-    print(f"{done} {args.out_dir}; next: python train.py{flag}")
+    folder = shlex.quote(str(args.out_dir))
+    print(f"{done} {args.out_dir}; next: python train.py --data_dir={folder}")
 
 
 if __name__ == "__main__":

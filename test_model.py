@@ -1189,6 +1189,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("arguments, folder", [
+    ("", "python"), ("python --site_packages", "packages"), ("some/books/*.txt", "books"),
+    ("notes.md", "notes"), ("tinystories", "tinystories"),
+])
+def test_default_folder(monkeypatch, arguments, folder):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments.split()])
+    assert prepare_data.parse_arguments().out_dir == Path("data", folder)
+
+
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
