@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The text of --prompt; of a file, as prepare_data.py reads it. Raises ValueError or OSError."""
+    """The text of --prompt; a file is read as prepare_data.py does. Raises ValueError, OSError."""
     if prompt is None:
         return input("prompt> ") if sys.stdin and sys.stdin.isatty() else ""
     if not prompt.startswith("FILE:"):
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             print(text, end="", flush=True)
             pieces += 1
         tokens = pieces - 1             # the last piece is no token: it ends the text
-        print(f"\n[{tokens} tokens, {tokens / (time.perf_counter() - began):.0f} tok/s]", flush=True)
+        speed = tokens / (time.perf_counter() - began)
+        print(f"\n[{tokens} tokens, {speed:.0f} tok/s]", flush=True)
 
 
 if __name__ == "__main__":

@@ -831,4 +831,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:           # while data is prepared; the loop saves and stops
+        raise SystemExit(130) from None
