@@ -1,7 +1,7 @@
 """Text in, tokens out: makes data/NAME/ with train.bin, val.bin, tokenizer.tiktoken and meta.json.
 
     python prepare_data.py                           # the standard library: needs no network
-    python prepare_data.py python --site_packages    # and every installed package
+    python prepare_data.py python --site_packages    # and every installed package: data/packages/
     python prepare_data.py tinystories               # or shakespeare; downloaded to data/NAME/
     python prepare_data.py notes.md books 'logs/*.jsonl.gz'    # your own text
 
@@ -87,10 +87,10 @@ NOT_OURS = ("site-packages", "dist-packages")  # folders below a source that are
 class Phase:
     """A line of progress: the name, on a terminal the share done, at the end seconds and a note."""
 
-    def __init__(self, name, total=0):
+    def __init__(self, name):
         self.name = f"{name:<22}"
         self.note = ""
-        self.total = total  # bytes; 0 if unknown
+        self.total = 0  # bytes; 0 if unknown
         self.done = 0
         self.start = time.monotonic()
         self.shown = self.start
@@ -397,6 +397,29 @@ def pairs_of(word):
     return map(str.__add__, word, word[1:])
 
 
+def count_pairs(words, counts):
+    """Of each pair how often it occurs, and the numbers of the words that have it: two dicts.
+
+    counts says of each word how often it occurs in the text.
+    """
+    totals = collections.defaultdict(int)
+    where = collections.defaultdict(list)
+    for number, word in enumerate(words):
+        for pair in pairs_of(word):
+            totals[pair] += counts[number]
+            where[pair].append(number)
+    return totals, where
+
+
+def first_place(pair, numbers, words, tokens):
+    """Where a pair first occurs in the words of these numbers: (number of the word, byte in it)."""
+    for number in sorted(set(numbers)):
+        position = words[number].find(pair)
+        if position >= 0:
+            before = words[number][:position]
+            return number, sum(len(tokens[ord(char)]) for char in before)
+
+
 def merge(word, pair, token):
     """Put a token where a pair stands in a word: (the new word, [(old pair, new pair), ...]).
 
@@ -435,23 +458,10 @@ def train_bpe(word_counts, vocab_size):
     ranks = dict(BYTES)
     tokens = list(ranks)
     # A word is a string in which the character of code i stands for token i, and a pair is two such
-    # characters: so Python's own split and join merge pairs, at their speed.
+    # characters: so str.split and join do the merging, at their speed.
     words = [word.encode().decode("latin-1") for word in word_counts]
     counts = list(word_counts.values())
-    totals = collections.defaultdict(int)  # pair: how often it occurs
-    where = collections.defaultdict(list)  # pair: numbers of the words that have, or had, it
-    for number, word in enumerate(words):
-        for pair in pairs_of(word):
-            totals[pair] += counts[number]
-            where[pair].append(number)
-
-    def first_place(pair):
-        """The word in which a pair first occurs, and the byte at which it does."""
-        for number in sorted(set(where[pair])):
-            position = words[number].find(pair)
-            if position >= 0:
-                return number, sum(len(tokens[ord(char)]) for char in words[number][:position])
-
+    totals, where = count_pairs(words, counts)
     # The pairs that may be next: (-total, place, pair). Merges take from the totals of other pairs
     # and move their first places back; their entries stay as they are, and are corrected when they
     # come up. (0, 0) stands for a place that is not known yet.
@@ -464,7 +474,7 @@ def train_bpe(word_counts, vocab_size):
         if -total != totals[pair]:
             heapq.heappush(heap, (-totals[pair], (0, 0), pair))
             continue
-        first = first_place(pair)
+        first = first_place(pair, where[pair], words, tokens)
         if place != first:
             heapq.heappush(heap, (total, first, pair))
             continue
@@ -672,7 +682,8 @@ def parse_arguments():
                         help="default: bpe")
     parser.add_argument("--vocab_size", type=int,
                         help=f"of the bpe, {EOT} included; default: 8192")
-    parser.add_argument("--out_dir", help="default: data/ and the name of the first source")
+    parser.add_argument("--out_dir", help="default: data/ and the name of the first source; "
+                        "data/packages with --site_packages")
     parser.add_argument("--val_fraction", type=float,
                         help=f"share of the bytes, default: {VAL_FRACTION}; not for tinystories, "
                         "which has a file for it")
@@ -685,7 +696,9 @@ def parse_arguments():
         args.vocab_size = 8192
     if not args.source:
         args.source = ["python"]
-    if args.out_dir is None:
+    if args.out_dir is None and args.site_packages:
+        args.out_dir = DATA / "packages"
+    elif args.out_dir is None:
         # the name of a glob is that of the folder before its first part with a * or ?
         parts = Path(args.source[0]).parts
         plain = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
@@ -718,10 +731,9 @@ def main():
     n_tokens = meta["train_tokens"] + meta["val_tokens"]
     print(f"{n_bytes / n_tokens:.2f} bytes per token, vocabulary {meta['vocab_size']}, "
           f"{meta['skipped']} files skipped (not UTF-8), {meta['duplicates']} duplicates left out")
-    is_default = Path(args.out_dir) == DATA / "python"
-    flag = "" if is_default else f" --data_dir={shlex.quote(str(args.out_dir))}"
     done = "replaced" if replaces else "wrote"
-    print(f"{done} {args.out_dir}; next: python train.py{flag}")
+    folder = shlex.quote(str(args.out_dir))
+    print(f"{done} {args.out_dir}; next: python train.py --data_dir={folder}")
 
 
 if __name__ == "__main__":
