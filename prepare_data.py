@@ -363,14 +363,17 @@ def count_words(texts, max_bytes):
     word_bytes = 0
     for text in texts:
         for match in pattern.finditer(text):
-            word = match.group()
-            if word in counts:
-                counts[word] += 1
-                continue
-            counts[word] = 1
-            word_bytes += len(word.encode())
-            if word_bytes > max_bytes:
-                return None
+            # The time of a merge goes by the length of the words that have the pair, so a word
+            # without an end, such as a genome, is cut.
+            for start in range(match.start(), match.end(), PIECE):
+                word = text[start:min(start + PIECE, match.end())]
+                if word in counts:
+                    counts[word] += 1
+                    continue
+                counts[word] = 1
+                word_bytes += len(word.encode())
+                if word_bytes > max_bytes:
+                    return None
     return counts
 
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,6 +79,8 @@ def read_prompt(prompt: str | None) -> str:
             return file.read()
     except UnicodeError:
         raise ValueError(f"{prompt}: the file is not UTF-8 text") from None
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{prompt}: {error}") from None        # a damaged .gz
 
 
 def main(argv: list[str] | None = None) -> None:
