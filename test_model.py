@@ -2047,6 +2047,7 @@ def test_schedule_and_optimizer_are_those_of_the_paper():
         assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
 
 
+@one_thread()
 def test_sampling_equals_the_full_forward_and_slides(trained):
     """Greedy tokens from the cache are those of a model without one, also beyond block_size.
 
