@@ -5,6 +5,8 @@
     python analyze.py map                                    # do near circuits mean alike? a map
     python analyze.py usage                                  # which neurons are used, and together
     python analyze.py patch --template "The {} was"          # the gates of one prompt in another
+    python analyze.py explain --prompt "Once upon a time"    # what adds up to the next token
+    python analyze.py neuron 0 3:141                         # what one neuron reads and writes
     python analyze.py mimic --teacher=out-mlp                # is a dense layer secretly sparse?
     python analyze.py redistribute                           # what does attention take over?
     python analyze.py curves out other/log.jsonl             # loss against steps, FLOPs, seconds
@@ -429,8 +431,8 @@ def prompt_tokens(run: Run, prompt: str | None) -> list[int]:
     """<|endoftext|> and the tokens of --prompt, text or FILE:path; without one, a passage of the
     recorded text. Raises Mistake for no tokens, or more than the model takes."""
     if prompt is None:
-        window = run.validation()[0][run.n_windows // 2]
-        return [run.encoding.eot_token, *window[:23].tolist()]
+        windows, _ = run.validation()
+        return windows[len(windows) // 2, :24].tolist()
     text = prompt
     if prompt.startswith("FILE:"):
         try:
@@ -1454,8 +1456,8 @@ def explain_section(run: Run, found: Attribution) -> Section:
     other = "the mean logit" if found.against is None else f"that of {run.name(found.against)}"
     total = found.token_shares.double().sum().item()
     return Section(
-        f"Why {run.name(found.target)}?", f"Its logit as the next token, less {other}, is "
-        f"{found.logit:.6f}; the shares of the tokens add up to {total:.6f}, a difference of "
+        "Why this token?", f"The logit of {run.name(found.target)} as the next token, less {other}, "
+        f"is {found.logit:.6f}; the shares of the tokens add up to {total:.6f}, a difference of "
         f"{total - found.logit:.1e}. Gates, attention patterns and the norms' scales are held at "
         "what they are here: shares do not say why these are so. Neurons are those with the "
         "largest shares, through all later layers: where one reads another, both count what passes "
@@ -1512,7 +1514,8 @@ def controls(run: Run) -> dict[str, list[tuple[float, float]]]:
     for tokens in windows[:, :CONTROL_TOKENS].tolist():
         found = explain(run, tokens, None, None)
         T, J = found.rows.shape[1:]
-        best = found.neuron_shares.flatten().topk(SWITCHED_OFF).indices.tolist()
+        count = min(SWITCHED_OFF, J // 2)       # so that as many others are left
+        best = found.neuron_shares.flatten().topk(count).indices.tolist()
         named = [(place // (T * J), place // J % T, place % J) for place in best]
         use = uses.gather(1, found.rows.flatten(1).long()).view(found.rows.shape)
         groups = {"the largest shares": named, "equal use": alike(named, use),
@@ -1529,7 +1532,9 @@ def controls_section(run: Run) -> Section:
     for name, pairs in controls(run).items():
         predicted, actual = np.array(pairs).T
         of_prompt = np.eye(len(pairs), dtype=bool)
-        correlation = np.corrcoef(predicted, actual)[0, 1].item()
+        correlation = None
+        if predicted.std() and actual.std():
+            correlation = np.corrcoef(predicted, actual)[0, 1].item()
         rows.append([name, len(pairs), jackknife(predicted, of_prompt),
                      jackknife(actual, of_prompt), correlation])
     return Section(
@@ -1538,8 +1543,8 @@ def controls_section(run: Run) -> Section:
         "text; the controls are as many others of the same layers and positions, with the nearest "
         "use, |gate| or |gate * <w_in, x>|. The change of the likeliest token's logit, less the "
         "mean logit: as the shares predict it, and as it is when norms, patterns and gates may "
-        "answer. They do: norms scale up what is left, so the change is smaller. What "
-        "passes through two neurons is also predicted twice. Intervals of 95 %, over prompts.",
+        "answer. Norms do: they scale up what is left. And what passes through two of the neurons "
+        "is predicted twice. Intervals of 95 %, over prompts.",
         [Table("Change of the logit", ["neurons", "prompts", "predicted", "actual", "correlation"],
                rows)])
 
@@ -2364,8 +2369,13 @@ def run_report(args: argparse.Namespace) -> list[Section]:
         curves = curves_section([args.out_dir])
     except Mistake as error:
         curves = Section("Curves", f"Left out: {error}.")
+    try:
+        found = explain(run, prompt_tokens(run, args.prompt), None, None)
+        explained = [explain_section(run, found), controls_section(run)]
+    except Mistake as error:
+        explained = [Section("Why this token?", f"Left out: {error}.")]
     classes = context_classes(run)
-    return [neighbors, structure_section(run, layer, channel, classes),
+    return [neighbors, *explained, structure_section(run, layer, channel, classes),
             map_section(run, layer, channel, classes, umap, note),
             usage_section(run, layer, channel), patches, curves]
 
