@@ -1275,13 +1275,14 @@ def neuron_words(run: Run, layer: int, row: int) -> tuple[list[tuple[str, float]
 
 
 def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
+    """Of neurons of one layer, from what is recorded; no two excerpts in equal contexts."""
     recording = run.trained
     contexts = contexts_of(recording.tokens).tolist()
     cards = []
     for row in rows:
         places, slots = (recording.rows[layer] == row).nonzero(as_tuple=True)
         products = recording.products[layer, places, slots]
-        excerpts = {}       # by context: equal ones say the same
+        excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
             place = int(places[i])
             if contexts[place] not in excerpts:
@@ -1436,16 +1437,21 @@ def explain(run: Run, tokens: list[int], target: int | None, against: int | None
                        torch.stack(gates).cpu(), torch.stack(products).cpu())
 
 
+def largest(values: Tensor, count: int) -> list[tuple[int, int, int]]:
+    """The places (layer, t, j) of the largest values (L, T, J)."""
+    best = values.flatten().argsort(descending=True, stable=True)[:count]
+    layers, positions, slots = torch.unravel_index(best, values.shape)
+    return list(zip(layers.tolist(), positions.tolist(), slots.tolist()))
+
+
 SHOWN_NEURONS = 12
 
 
 def explain_section(run: Run, found: Attribution) -> Section:
-    _, T, J = found.rows.shape
     names = [f"{t} {run.name(token)}" for t, token in enumerate(found.tokens)]
     neurons = []
-    order = found.neuron_shares.flatten().abs().argsort(descending=True, stable=True)
-    for place in order[:SHOWN_NEURONS].tolist():
-        at = layer, t, j = place // (T * J), place // J % T, place % J
+    for at in largest(found.neuron_shares.abs(), SHOWN_NEURONS):
+        layer, t, _ = at
         row = found.rows[at].item()
         promotes, suppresses, reads = neuron_words(run, layer, row)
         if found.products[at] < 0:
@@ -1456,13 +1462,13 @@ def explain_section(run: Run, found: Attribution) -> Section:
     other = "the mean logit" if found.against is None else f"that of {run.name(found.against)}"
     total = found.token_shares.double().sum().item()
     return Section(
-        "Why this token?", f"The logit of {run.name(found.target)} as the next token, less {other}, "
-        f"is {found.logit:.6f}; the shares of the tokens add up to {total:.6f}, a difference of "
-        f"{total - found.logit:.1e}. Gates, attention patterns and the norms' scales are held at "
-        "what they are here: shares do not say why these are so. Neurons are those with the "
-        "largest shares, through all later layers: where one reads another, both count what passes "
-        "through both. They write for and against tokens with the sign that they have here, and "
-        "read these tokens' embeddings.",
+        "Why this token?", f"The logit of {run.name(found.target)} as the next token, less "
+        f"{other}, is {found.logit:.6f}; the shares of the tokens add up to {total:.6f}, a "
+        f"difference of {total - found.logit:.1e}. Gates, attention patterns and the norms' scales "
+        "are held at what they are here: shares do not say why these are so. Neurons are those "
+        "with the largest shares, through all later layers: where one reads another, both count "
+        "what passes through both. Beside a neuron stand the tokens that it writes for and "
+        "against, with the sign that it has here, and those whose embeddings it reads most.",
         [Table("Shares of the tokens", ["token", "share"],
                [list(row) for row in zip(names, found.token_shares.tolist())]),
          Table("Shares of neurons", ["layer", "at", "neuron", "share", "writes for", "against",
@@ -1479,10 +1485,10 @@ def logit_without(run: Run, found: Attribution, neurons: list[tuple[int, int, in
     """The logit when neurons, places (layer, t, j) in found.rows, add nothing at these t."""
     def switch_off(layer: int, x: Tensor, gates: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         gates = gates.clone()
-        for at in neurons:
-            if at[0] == layer:
-                channel, neuron = divmod(found.rows[at].item(), run.cfg.n_experts)
-                gates[at[1], channel, ids[at[1], channel] == neuron] = 0
+        for of_layer, t, j in neurons:
+            if of_layer == layer:
+                channel, neuron = divmod(found.rows[layer, t, j].item(), run.cfg.n_experts)
+                gates[t, channel, ids[t, channel] == neuron] = 0
         return gates, ids
 
     with router_hook(run.model, switch_off):
@@ -1510,17 +1516,16 @@ def controls(run: Run) -> dict[str, list[tuple[float, float]]]:
     uses = torch.stack([rows.flatten().bincount(minlength=R) for rows in run.trained.rows]).float()
     windows, _ = run.data.windows("val", run.data.val_starts(CONTROL_PROMPTS))
     progress(f"switch off neurons in {len(windows)} prompts")
+    count = min(SWITCHED_OFF, run.cfg.n_channels * run.cfg.top_k // 2)  # leaves as many others
     changes = defaultdict(list)
     for tokens in windows[:, :CONTROL_TOKENS].tolist():
         found = explain(run, tokens, None, None)
-        T, J = found.rows.shape[1:]
-        count = min(SWITCHED_OFF, J // 2)       # so that as many others are left
-        best = found.neuron_shares.flatten().topk(count).indices.tolist()
-        named = [(place // (T * J), place // J % T, place % J) for place in best]
+        named = largest(found.neuron_shares, count)
         use = uses.gather(1, found.rows.flatten(1).long()).view(found.rows.shape)
-        groups = {"the largest shares": named, "equal use": alike(named, use),
-                  "equal |gate|": alike(named, found.gates.abs()),
-                  "equal |gate * <w_in, x>|": alike(named, found.products.abs())}
+        groups = {"the largest shares": named,
+                  "others of equal use": alike(named, use),
+                  "others of equal |gate|": alike(named, found.gates.abs()),
+                  "others of equal |gate * <w_in, x>|": alike(named, found.products.abs())}
         for name, neurons in groups.items():
             predicted = -sum(found.neuron_shares[at].item() for at in neurons)
             changes[name].append((predicted, logit_without(run, found, neurons) - found.logit))

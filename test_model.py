@@ -2135,7 +2135,7 @@ def test_planted_controls(planted):
     after = -14 / 257 / rms_without
     for pair in changes["the largest shares"]:
         assert pair == pytest.approx((-20 / rms * 256 / 257, after - before), rel=1e-3)
-    for name in ("equal use", "equal |gate|"):      # the other neuron of the letter
+    for name in ("others of equal use", "others of equal |gate|"):      # the other neuron of the letter
         for predicted, actual in changes[name]:
             assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
             assert actual > predicted
@@ -2148,7 +2148,7 @@ def test_explain_prints_shares_and_their_sum(planted, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "The logit of A as the next token, less that of B, is 1.6585" in out
     assert re.search(r"0 +2 a +0:0 +4.739 +A", out)
-    assert re.search(r"the largest shares +1 +-4.720 ± ", out)
+    assert re.search(r"the largest shares +8 +-4.720 ± ", out)
     analyze.main(["neuron", "0", "0:0", f"--out_dir={planted}"])
     assert "== Neuron 0:0 of layer 0 ==" in capsys.readouterr().out
 
