@@ -44,8 +44,8 @@ except ImportError:     # Windows, macOS: the kernels below are defined all the 
 #
 # Everywhere: floats are float64, float32 or bfloat16, and may differ; the result has the wider
 # dtype, and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
-# impl is "torch" or "triton", None for the one that backend() names. What the names in _op do
-# is registered in part 4.
+# impl is "torch" or "triton", None for the one that backend() names. gather_dot_op and the other
+# functions in _op are defined in part 4.
 
 ByRow = tuple[Tensor, Tensor]       # what transpose_index returns
 
@@ -54,7 +54,7 @@ def gather_dot(x: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow]
                impl: Optional[str] = None) -> Tensor:
     """out[n, j] = <x[n], weight[index[n, j]]>: (N, D), (R, D), (N, J) -> (N, J).
 
-    by_row is transpose_index(index, R), for the gradient of weight, which else computes it.
+    by_row is transpose_index(index, R), for the gradient of weight; if None, that computes it.
     """
     order, offsets = by_row or (None, None)
     return gather_dot_op(x, weight, index, order, offsets, impl)
@@ -196,7 +196,10 @@ def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
 
 
 def top_positions(values: Tensor, k: int) -> Tensor:
-    """Positions (..., k) int64 of the k largest values, in order, and the lower first of equals."""
+    """Positions (..., k) int64 of the k largest values, in order, and the lower first of equals.
+
+    In float32 on a CPU -0.0 counts as less than 0.0.
+    """
     if values.device.type != "cpu" or values.dtype == torch.float64:
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     # The same by numpy's vectorised sort of integers, which makes product_topk of 32 + 32 scores 3

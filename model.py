@@ -75,7 +75,7 @@ class GPTConfig:
             self._check_keys()
 
     def _check_keys(self):
-        """Raises ValueError if the router cannot choose top_k of n_experts neurons."""
+        """Raises ValueError if the router cannot choose top_k of n_experts, or would take all."""
         n_keys, keys = self.n_experts, "keys"
         if self.ffn == "peer" or self.router.startswith("product"):
             n_keys, keys = math.isqrt(self.n_experts), "sub-keys"
@@ -99,7 +99,8 @@ class GPTConfig:
             "mlp": dict(d_ff=d_ff),
         }
         if ffn not in sizes or scale < 1:
-            raise ValueError(f"the ladder has no ffn={ffn!r} at scale={scale}: take 1, 2, ...")
+            raise ValueError(f"the ladder has ffn={', '.join(sizes)} at scale=1, 2, ..., and not "
+                             f"ffn={ffn!r} at scale={scale}")
         shared = dict(vocab_size=50258, ffn=ffn, d_model=d_model, d_head=64, n_layer=2 * scale)
         return cls(**(shared | sizes[ffn] | overrides))
 
@@ -257,7 +258,7 @@ class Router(nn.Module):
         if self.shared_query:                                           # q (N, K)
             return F.linear(q, self.keys.view(-1, K)).view(-1, C, parts, n)
         q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
-        return torch.einsum("ncpk,cpmk->ncpm", q, self.keys)
+        return torch.einsum("NCpK,CpnK->NCpn", q, self.keys)            # p: the part
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.scores(x)
@@ -297,6 +298,7 @@ class SparselyGatedLinear(nn.Module):
         self.act = ACTIVATIONS[cfg.activation]
         self.softmax_gates = cfg.softmax_gates
         self.router = Router(cfg, cfg.router)
+        self.choices = cfg.n_channels * cfg.top_k       # neurons per token
         P = 1 if cfg.shared_pool else cfg.n_channels
         self.w_in = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
         self.w_out = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
@@ -307,8 +309,8 @@ class SparselyGatedLinear(nn.Module):
         gates, ids = self.router(flat)                                  # (N, C, k) each
         if self.softmax_gates:
             gates = gates.softmax(dim=-1)
-        first = torch.arange(P, dtype=ids.dtype, device=ids.device) * E     # first row of each pool
-        rows = (ids + first[:, None]).flatten(1)                        # (N, C*k)
+        pool_start = torch.arange(P, dtype=ids.dtype, device=ids.device) * E
+        rows = (ids + pool_start[:, None]).flatten(1)                   # (N, C*k)
         gates = gates.flatten(1)                                        # (N, C*k)
         w_in = as_table(self.w_in, flat)                                # (R, D)
         w_out = as_table(self.w_out, flat)                              # (R, D)
@@ -320,8 +322,7 @@ class SparselyGatedLinear(nn.Module):
         return y.view_as(x)
 
     def flops(self) -> int:
-        C, D = self.router.keys.shape[0], self.w_in.shape[-1]
-        return self.router.flops() + 4 * C * self.router.top_k * D
+        return self.router.flops() + 4 * self.choices * self.w_in.shape[-1]
 
 
 class PEER(nn.Module):
@@ -332,6 +333,7 @@ class PEER(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.router = Router(cfg, "product_key")
+        self.choices = cfg.n_channels * cfg.top_k       # neurons per token
         self.w_in = lecun_normal(cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
         self.w_out = lecun_normal(cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
 
@@ -350,8 +352,7 @@ class PEER(nn.Module):
         return y.view_as(x)
 
     def flops(self) -> int:
-        C, D = self.router.keys.shape[0], self.w_in.shape[-1]
-        return self.router.flops() + 4 * C * self.router.top_k * D
+        return self.router.flops() + 4 * self.choices * self.w_in.shape[-1]
 
 
 def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -483,6 +484,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, self.rope[:, start:end], layer, cache)
         with torch.autocast(x.device.type, enabled=False):
+            # In float32: bfloat16 would round away differences between likely tokens.
             logits = F.linear(self.norm(x), self.embedding.weight)      # (B, T, V)
         loss = None
         if targets is not None:
@@ -574,19 +576,19 @@ def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens:
     U+FFFD. An empty prompt stands for the start of a document, and the text ends with its end.
     """
     tokens = encoding.encode(prompt, allowed_special={"<|endoftext|>"})
-    known = b""                                             # bytes of the prompt that come again
+    last_bytes = b""                                        # of the prompt's last token
     if tokens and tokens[-1] != encoding.eot_token:
-        known = encoding.decode_single_token_bytes(tokens.pop())
+        last_bytes = encoding.decode_single_token_bytes(tokens.pop())
         settings["first"] = [token for token in range(encoding.eot_token)
-                             if encoding.decode_single_token_bytes(token).startswith(known)]
+                             if encoding.decode_single_token_bytes(token).startswith(last_bytes)]
     tokens = tokens or [encoding.eot_token]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in model.generate(tokens, max_new_tokens, vocab_size=encoding.n_vocab, **settings):
         if token == encoding.eot_token:
             break
         text = encoding.decode_single_token_bytes(token)
-        yield decoder.decode(text[len(known):])
-        known = b""
+        yield decoder.decode(text[len(last_bytes):])
+        last_bytes = b""                                    # only the first token repeats them
     yield decoder.decode(b"", final=True)
 
 

@@ -142,8 +142,6 @@ def parse_args(argv: list[str] | None) -> dict:
 
 def new_config(given: dict, on_cpu: bool) -> TrainConfig:
     """Settings of a new run: those given, over the ladder's if --scale is, over the preset."""
-    if given.get("resume") and given.get("overwrite"):
-        raise ValueError("--resume continues the run in out_dir, --overwrite drops it: give one")
     if "steps" in given and given.get("flops"):
         raise ValueError(f"--steps={given['steps']} and --flops={given['flops']:g} both set the "
                          "steps: give one")
@@ -160,10 +158,13 @@ def new_config(given: dict, on_cpu: bool) -> TrainConfig:
 def resumed_config(given: dict, saved: dict) -> TrainConfig:
     """The checkpoint's settings, with those given. ValueError if one of these may not change."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    # A setting newer than the checkpoint has its default, one that is no more is left out.
+    # A setting that the checkpoint lacks has its default; one that only the checkpoint has, an
+    # older train.py made, and is left out.
     settings = dataclasses.asdict(TrainConfig())
     settings |= {name: value for name, value in saved.items() if name in names}
-    settings["shard"] = False       # how a run is spread is said anew each time
+    # Where a run is, and on how many devices, is not remembered: it may go on elsewhere.
+    settings["device"] = TrainConfig.device
+    settings["shard"] = TrainConfig.shard
     for name, value in given.items():
         if name not in RESUMABLE and value != settings[name]:
             raise ValueError(f"--{name}={value} contradicts the checkpoint, which has "
@@ -178,8 +179,9 @@ def settle(given: dict, device: torch.device, world: int) -> tuple[TrainConfig, 
     folder = Path(given["out_dir"])
     path = folder / "ckpt.pt"
     saved = None
+    if given.get("resume") and given.get("overwrite"):
+        raise ValueError("--resume continues the run in out_dir, --overwrite drops it: give one")
     if given.get("resume"):
-        new_config(given, on_cpu)
         saved = load_checkpoint(path)
         for name in ("optimizer", "step", "seconds", "loss", "data"):
             if name not in saved:
@@ -212,7 +214,9 @@ def settle(given: dict, device: torch.device, world: int) -> tuple[TrainConfig, 
 
 def idle_settings(given: dict, ffn: str) -> list[str]:
     """Of the settings given, those of other feedforward layers: they change nothing in this one."""
-    used = getattr(FFN[ffn], "settings", given)         # a layer need not say what it uses
+    if not hasattr(FFN[ffn], "settings"):       # a layer need not say what it uses
+        return []
+    used = FFN[ffn].settings
     others = set()
     for layer in FFN.values():
         others.update(getattr(layer, "settings", ()))
@@ -317,7 +321,7 @@ def open_data(cfg: TrainConfig, given: dict, saved: dict | None, rank: int) -> D
     """
     if cfg.data_dir in DEFAULT_DATA:
         if rank == 0 and not Path(cfg.data_dir, "meta.json").exists():
-            print(f"There is no {cfg.data_dir}: preparing it from the Python files of this "
+            print(f"There is no data in {cfg.data_dir}: preparing it from the Python files of this "
                   "machine.", flush=True)
             prepare_data.prepare(["python"], cfg.data_dir, site_packages=DEFAULT_DATA[cfg.data_dir])
         if dist.is_initialized():
@@ -609,7 +613,6 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None, device: torch.de
               world: int) -> None:
     """A new log begins with the settings; a resumed one loses what came after the checkpoint."""
     path = Path(cfg.out_dir, "log.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if saved and path.exists():
         for line in path.read_text().splitlines():
@@ -625,7 +628,8 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None, device: torch.de
     versions = dict(torch=torch.__version__, python=platform.python_version(),
                     machine=describe_device(device), processes=world)
     if saved:
-        append_log(cfg, event="resume", step=saved["step"], versions=versions)
+        append_log(cfg, event="resume", step=saved["step"], config=dataclasses.asdict(cfg),
+                   versions=versions)
     else:
         (path.parent / "ckpt.pt").unlink(missing_ok=True)
         append_log(cfg, event="config", config=dataclasses.asdict(cfg), data=data.meta,
@@ -749,12 +753,13 @@ def main(argv: list[str] | None = None) -> None:
     keep_memory()
     # AdamW's moments of neurons that are not chosen become denormal numbers, slow on a CPU.
     torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")      # TF32 where a GPU multiplies float32
     with processes(choose_device(given)) as (rank, world, device), memory_hint():
         # Build everything. A mistake of the user is found here and ends the program with one line.
         try:
             cfg, saved = settle(given, device, world)
             data = open_data(cfg, given, saved, rank)
+            Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             fail(error)
         model, optimizer = build_model(cfg, saved, device)
@@ -771,13 +776,15 @@ def main(argv: list[str] | None = None) -> None:
         if saved:
             progress = {name: saved[name] for name in progress}
         step = progress["step"]
-        evaluated = step if saved else None     # a run that is resumed here was evaluated here
+        resumed_at = step if saved else None
+        saved = None        # its tensors would stay in memory
 
         with stop_signals() as received:
             stop = False
             while True:
                 # Evaluate and save: when it is due, and before a stop.
-                due = step != evaluated and (step % cfg.eval_interval == 0 or step == cfg.steps)
+                due = step % cfg.eval_interval == 0 or step == cfg.steps
+                due = due and step != resumed_at        # the log has that evaluation
                 if due:
                     result = evaluate(model, data, cfg, autocast, rank, world)
                     require_finite(step, cfg, rank, validation_loss=result["val_loss"])
