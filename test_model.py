@@ -1762,7 +1762,7 @@ def fails(capsys, main, *args):
     ("--n_experts=60", "must be a square for product keys: take 49 or 64"),
     ("--seed=-1", "seed=-1 must be"),
     (f"--seed={2**63}", "must be less than"),
-    ("--scale=-2", "no ffn='sgatlin' at scale=-2"),
+    ("--scale=-2", "not ffn='sgatlin' at scale=-2"),
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
