@@ -105,6 +105,7 @@ class Section:
     text: str
     tables: list[Table] = field(default_factory=list)
     figures: list = field(default_factory=list)
+    explorer: str = ""      # HTML to click, which PAGE_SCRIPT brings to life
 
 
 def cell(value) -> str:
@@ -179,20 +180,238 @@ def line_charts(title: str, axes: list[tuple[str, str]], lines: dict[str, list[t
 # --------------------------------------------------------------------------------------------------
 # the page: sections as one HTML file that loads nothing
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
-h2 { margin-top: 2.5em; border-top: 1px solid #ddd; padding-top: 1em }
-p { max-width: 52em } nav a { margin-right: 1.2em } mark { background: #ffe08a }
-input { float: right; padding: 3px 8px; width: 20em } .table { max-height: 460px; overflow: auto }
+PAGE_STYLE = """
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f6f7f9; margin: 0 auto;
+       max-width: 1400px; padding: 0 20px 60px }
+h1 { font-size: 21px; margin: 16px 0 2px } h2 { font-size: 22px; margin: 48px 0 8px }
+h3 { font-size: 14px; margin: 16px 0 4px } p { max-width: 56em; margin: 4px 0 12px }
+nav a { margin-right: 1.2em } a { color: #1d5fc4 }
+mark, #passage .chosen { background: #ffe08a } .quiet { color: #667180; font-size: 13px }
+.explorer { display: grid; grid-template: "passage panel" auto "map panel" 1fr / 3fr 2fr; gap: 14px }
+.box { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px }
+#reading { grid-area: passage } #mapping { grid-area: map }
+#panel { grid-area: panel; position: sticky; top: 12px; max-height: calc(100vh - 24px);
+         overflow: auto; overscroll-behavior: contain; align-self: start; min-height: 60vh }
+#passage { font-size: 18px; line-height: 1.65; margin: 0 0 6px }
+#passage button { font: inherit; color: inherit; white-space: pre; cursor: pointer; border: 0;
+                  border-radius: 3px; padding: 0 0.5px; background: none }
+#passage button:hover { box-shadow: 0 0 0 1px #8a96a6 }
+#passage .chosen { box-shadow: 0 0 0 2px #1c2430 !important }
+select, #views button { font: inherit; font-size: 14px; padding: 2px 8px; border-radius: 5px;
+                        border: 1px solid #b9c1cb; background: #fff; cursor: pointer }
+#views button[aria-pressed=true] { background: #1c2430; color: #fff }
+#map { height: 620px } .controls { display: flex; gap: 8px; flex-wrap: wrap; align-items: center }
+.row { display: flex; gap: 10px; padding: 3px 0; border-bottom: 1px solid #eef0f3;
+       font-size: 14px; line-height: 1.35 }
+.row > :first-child { flex: 0 0 3.4em; text-align: right; font-variant-numeric: tabular-nums }
+.excerpt { white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer }
+summary.row { list-style-position: inside } details[open] > summary { font-weight: 600 }
+.card { border-left: 3px solid #b9c1cb; margin: 4px 0 12px 8px; padding-left: 12px }
+.word { display: inline-block; background: #eef1f5; border-radius: 4px; padding: 0 6px;
+        margin: 0 4px 3px 0; font-size: 13px; white-space: pre }
+.bars { display: flex; align-items: flex-end; height: 40px; gap: 1px; max-width: 300px }
+.bars i { flex: 1; background: #7c9cc9; min-height: 1px }
+.search { float: right; padding: 3px 8px; width: 20em; max-width: 100% }
+.table { max-height: 460px; overflow: auto; background: #fff; clear: both }
 table { border-collapse: collapse; font: 13px/1.5 ui-monospace, monospace; width: 100% }
-th { position: sticky; top: 0; background: #f0f0f0; text-align: left }
+th { position: sticky; top: 0; background: #e9ecf0; text-align: left }
 td, th { padding: 3px 10px; border-bottom: 1px solid #eee; white-space: pre-wrap }
+@media (max-width: 900px) {
+  body { padding: 0 8px 40px }
+  .explorer { grid-template: "passage" "panel" "map" / minmax(0, 1fr) }
+  #panel { position: static; max-height: 65vh; min-height: 0 } #map { height: 560px }
+}
 """
-SEARCH = """
-for (const box of document.querySelectorAll("input")) box.addEventListener("input", () => {
+PAGE_SCRIPT = r"""
+"use strict";
+
+// A search box hides the rows of its table that lack its text.
+for (const box of document.querySelectorAll(".search")) box.addEventListener("input", () => {
   for (const row of box.parentElement.querySelector("tbody").rows)
     row.hidden = !row.textContent.toLowerCase().includes(box.value.toLowerCase());
 });
+
+// The map: a button for each view. figure.layout.meta holds [label, traces, layout] of each.
+const map = document.getElementById("map");
+function showView(label) {
+  const view = map.layout.meta.find(view => view[0] === label);
+  Plotly.update(map, view[1], view[2]);
+  for (const button of document.querySelectorAll("#views button"))
+    button.setAttribute("aria-pressed", button.textContent === label);
+}
+if (map) {
+  for (const [label] of map.layout.meta) {
+    const button = make("button", "", label);
+    button.addEventListener("click", () => showView(label));
+    document.getElementById("views").append(button, " ");
+  }
+  showView(map.layout.meta[0][0]);
+}
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+// The explorer: a token of the passage, or a point of the map, and all that is known of it.
+function explore(data) {
+  const passage = document.getElementById("passage");
+  const details = document.getElementById("details");
+  const layer = document.getElementById("layer");
+  const channel = document.getElementById("channel");     // 0 is all of them
+  const decoder = new TextDecoder();
+  let shown = null;         // what the panel shows
+
+  function text(tokens) {   // a vocabulary entry has a character for each byte
+    const bytes = tokens.map(token => data.vocabulary[token]).join("");
+    return decoder.decode(Uint8Array.from(bytes, letter => letter.charCodeAt(0)))
+      .replaceAll("\r", "").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/  +/g, "  ");
+  }
+  const word = token => text([token]).replaceAll(" ", "·");
+  const neuron = row => Math.floor(row / data.E) + ":" + row % data.E;
+  const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+
+  function excerpt(tokens, at, start, end) {
+    return make("span", "excerpt", text(tokens.slice(Math.max(start, at - 7), at)),
+                make("mark", "", text([tokens[at]])),
+                text(tokens.slice(at + 1, Math.min(at + 5, end))));
+  }
+  function recordedExcerpt(place) {     // within its window
+    const start = place - place % data.T;
+    return excerpt(data.recorded, place, start, start + data.T);
+  }
+  function expected(next) {
+    return make("span", "quiet", next.map(([token, p]) => word(token) + " " + p).join("  "));
+  }
+  function words(title, pairs) {
+    return make("div", "", make("span", "quiet", title + " "),
+                ...pairs.map(([name, value]) => make("span", "word", name + " " + signed(value))));
+  }
+
+  function card(of) {
+    const most = Math.max(...of.scores.map(bar => bar[1]));
+    const bars = of.scores.map(([edge, count]) => {
+      const bar = make("i", "");
+      bar.style.height = 100 * count / most + "%";
+      bar.title = "from " + edge + ": " + count;
+      return bar;
+    });
+    const rows = of.excerpts.map(([product, shownText, next]) => {
+      const [, before, token, after] = shownText.match(/^(.*?)»(.*)«(.*?)$/s);
+      return make("div", "row", make("span", "", signed(product)),
+                  make("span", "", make("span", "excerpt", before, make("mark", "", token), after),
+                       make("div", "quiet", next)));
+    });
+    const first = of.scores[0][0], last = of.scores[of.scores.length - 1][0];
+    return make("div", "card",
+      make("div", "quiet", (100 * of.use).toFixed(1) + " % of tokens choose it; their gates, " +
+           first.toFixed(1) + " to " + last.toFixed(1) + ":"), make("div", "bars", ...bars),
+      words("promotes", of.promotes), words("suppresses", of.suppresses),
+      words("reads", of.reads), make("div", "quiet", "Where gate × reading is largest; where " +
+      "that is negative, it promotes what it otherwise suppresses:"), ...rows);
+  }
+  function neuronRow(value, label, atLayer, row) {      // its card is made when it is opened
+    const of = data.cards[atLayer + " " + row];
+    const line = [make("span", "", signed(value)), make("span", "excerpt", label)];
+    if (!of) return make("div", "row", ...line);
+    line[1].append(make("span", "quiet", "  " + of.promotes.slice(0, 4).map(p => p[0]).join(" ")));
+    const element = make("details", "", make("summary", "row", ...line));
+    element.addEventListener("toggle", () => {
+      if (element.children.length === 1) element.append(card(of));
+    });
+    return element;
+  }
+
+  function render() {
+    const l = Number(layer.value), c = Number(channel.value);
+    const near = shown.near[l][c] || shown.near[l][0];
+    const only = shown.near[l][c] ? channel.selectedOptions[0].text : "as on the map";
+    const gates = shown.gates[l].filter(([row]) => !c || Math.floor(row / data.E) === c - 1);
+    const why = shown.explained;
+    const parts = [shown.excerpt(), make("div", "", make("span", "quiet", "next: "),
+                   ...shown.next.map(([token, p]) => make("span", "word", word(token) + " " + p)))];
+    parts.push(make("h3", "", `Nearest circuits, layer ${l}, ${only}`));
+    for (const [place, distance] of near)
+      parts.push(make("div", "row", make("span", "quiet", distance.toFixed(2)),
+        make("span", "", recordedExcerpt(place), " ", expected(data.next[place]))));
+    parts.push(make("h3", "", `Its neurons in layer ${l}: gate, channel:neuron, what it promotes`));
+    for (const [row, gate] of gates.slice(0, 8))
+      parts.push(neuronRow(gate, neuron(row), l, row));
+    if (why) {
+      parts.push(make("h3", "", `What carries ${word(why.target)}`),
+        make("div", "quiet", "Neurons that add most to its logit: share, layer, at which token."));
+      for (const [atLayer, at, row, share] of why.neurons)
+        parts.push(neuronRow(share, `${atLayer}  ${word(data.passage[at])}  ${neuron(row)}`,
+                             atLayer, row));
+    }
+    details.replaceChildren(...parts);
+    const shares = why ? why.shares : [];
+    const largest = Math.max(...shares.map(Math.abs));
+    [...passage.children].forEach((button, i) => {
+      const strength = i < shares.length ? 0.75 * Math.abs(shares[i]) / largest : 0;
+      button.style.background = `rgba(${shares[i] < 0 ? "240,110,20" : "40,120,240"},${strength})`;
+      button.title = i < shares.length ? signed(shares[i]) : "";
+    });
+    document.getElementById("legend").textContent = why ?
+      `Shaded: what each token adds to the logit of ${word(why.target)}, blue for it, orange ` +
+      `against it; in all ${signed(why.logit)} over the mean logit, exactly.` : "";
+  }
+
+  function show(item) {
+    shown = item;
+    details.parentElement.scrollTop = 0;
+    render();
+  }
+  function choose(i) {      // a token of the passage
+    for (const button of passage.children) {
+      const chosen = button === passage.children[i];
+      button.classList.toggle("chosen", chosen);
+      button.setAttribute("aria-pressed", chosen);
+      button.tabIndex = chosen ? 0 : -1;
+    }
+    show({ near: data.near.map(channels => channels.map(tokens => tokens[i])),
+           gates: data.gates.map(tokens => tokens[i]), next: data.expected[i],
+           explained: data.explained[i],
+           excerpt: () => excerpt(data.passage, i, 0, data.passage.length) });
+  }
+
+  data.passage.forEach((token, i) => {
+    const button = make("button", "", i ? text([token]) : "⊢");
+    button.addEventListener("click", () => choose(i));
+    passage.append(button);
+  });
+  passage.addEventListener("keydown", event => {
+    const at = [...passage.children].indexOf(document.activeElement);
+    const last = data.passage.length - 1;
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: last }[event.key];
+    if (to === undefined || to < 0 || to > last) return;
+    event.preventDefault();
+    passage.children[to].focus();
+    choose(to);
+  });
+  layer.addEventListener("change", () => {
+    if (map) showView("layer " + layer.value);
+    render();
+  });
+  channel.addEventListener("change", render);
+  if (map) {
+    map.on("plotly_click", event => {
+      const place = event.points[0].customdata;
+      show({ near: data.points[place].near.map(near => [near]), gates: data.points[place].gates,
+             next: data.next[place], excerpt: () => recordedExcerpt(place) });
+    });
+    document.getElementById("views").addEventListener("click", event => {
+      layer.value = event.target.textContent.match(/\d+/)[0];
+      render();
+    });
+  }
+  choose(Math.min(data.start, data.passage.length - 1));
+}
+const data = document.getElementById("data");
+if (data) explore(JSON.parse(data.textContent));
 """
 
 
@@ -203,27 +422,31 @@ def table_html(table: Table) -> str:
         cells = "".join(f"<td>{html.escape(cell(value))}</td>" for value in row)
         lines.append(f"<tr>{cells}</tr>")
     body = "\n".join(lines).replace("»", "<mark>").replace("«", "</mark>")
-    return (f'<div><input placeholder="search"><h4>{html.escape(table.caption)}</h4>'
+    return (f'<div><input class="search" placeholder="search" aria-label="search"><h4>{html.escape(table.caption)}</h4>'
             f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
             "</div></div>")
 
 
 def page(title: str, sections: list[Section]) -> str:
-    """The report as one HTML page, with plotly.js in it."""
-    links = []
-    body = []
-    for number, section in enumerate(sections):
-        name = html.escape(section.title)
-        links.append(f'<a href="#s{number}">{name}</a>')
-        body.append(f'<h2 id="s{number}">{name}</h2><p>{html.escape(section.text)}</p>')
-        for figure in section.figures:
-            body.append(figure.to_html(full_html=False, include_plotlyjs=False))
-        body += [table_html(table) for table in section.tables]
+    """The report as one HTML page, with plotly.js in it: what can be clicked, the charts, the
+    tables, and after them all sections that are called LAST."""
+    charts = []
+    tables = []
+    for section in sections:
+        heading = f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+        figures = [figure_html(figure) for figure in section.figures]
+        if section.explorer:
+            charts += [section.explorer, *figures]
+        else:
+            charts += [heading, *figures]
+        tables += [table_html(table) for table in section.tables]
+    plotly = f"<script>{get_plotlyjs()}</script>" if go else ""
     return "\n".join([
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title><style>{STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>",
-        f"<nav>{' '.join(links)}</nav>", *body, f"<script>{SEARCH}</script></body></html>"])
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title>",
+        f"<style>{PAGE_STYLE}</style>{plotly}</head><body><h1>{html.escape(title)}</h1>",
+        *charts, *tables, f"<script>{PAGE_SCRIPT}</script></body></html>"])
 
 
 def write(path: Path, text: str) -> None:
