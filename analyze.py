@@ -50,7 +50,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from model import GPT, MLP, PEER, GPTConfig, Router, SparselyGatedLinear, load_model
+from model import GPT, MLP, PEER, GPTConfig, Router, SparselyGatedLinear, load_model, rotate
+from prepare_data import open_text
 from train import Data, TrainConfig, keep_memory
 
 # Extras are imported before anything is computed. Whatever goes wrong counts as missing: it may be
@@ -492,6 +493,7 @@ class Recording:
     tokens: np.ndarray      # (W, T)
     gates: Tensor           # (L, N, J) float32
     rows: Tensor            # (L, N, J) int32: the neurons, c * E + id
+    products: Tensor        # (L, N, J) float32: gate * <w_in, x>, by which w_out is multiplied
     top: Tensor             # (N, 5) the likeliest next tokens
     p: Tensor               # (N, 5) their probabilities
     embedding: Tensor       # (V, D) of the model
@@ -510,42 +512,54 @@ class Recording:
 
 @contextlib.contextmanager
 def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
-    """hook(layer, gates (N, C, k), ids (N, C, k)) sees every routing, and may return another."""
+    """hook(layer, x (N, D), gates (N, C, k), ids (N, C, k)) sees every routing, of what the layer
+    reads, and may return other gates and ids."""
     with contextlib.ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
             def listen(module, inputs, output, layer=layer):
-                return hook(layer, *output)
+                return hook(layer, *inputs, *output)
             stack.enter_context(block.ffn.router.register_forward_hook(listen))
         yield
 
 
+def first_rows(cfg: GPTConfig, device: str | torch.device) -> Tensor:
+    """(C, 1) int32: the rows of the first neurons of the channels."""
+    return torch.arange(cfg.n_channels, dtype=torch.int32, device=device)[:, None] * cfg.n_experts
+
+
 @torch.inference_mode()
 def record(model: GPT, windows: Tensor, name: str) -> Recording:
-    """Runs windows (W, T) int64; keeps 8 bytes per gate, L * N * J of them, on the CPU."""
+    """Runs windows (W, T) int64; keeps 12 bytes per gate, L * N * J of them, on the CPU."""
     cfg = model.cfg
     device = model.embedding.weight.device
     W, T = windows.shape
     gates = torch.empty(cfg.n_layer, W * T, cfg.n_channels * cfg.top_k)
     rows = torch.empty(gates.shape, dtype=torch.int32)
-    first = torch.arange(cfg.n_channels, dtype=torch.int32)[:, None] * cfg.n_experts    # (C, 1)
+    products = torch.empty(gates.shape)
+    first = first_rows(cfg, device)
     top = torch.empty(W * T, 5, dtype=torch.int64)
     p = torch.empty(W * T, 5)
-    progress(f"record {name} on {W} x {T} tokens, {8 * gates.numel() / 1e6:.1f} MB")
+    progress(f"record {name} on {W} x {T} tokens, {12 * gates.numel() / 1e6:.1f} MB")
     batch = max(1, 2**24 // (T * cfg.vocab_size))       # windows at a time: 64 MB of logits
     for start in range(0, W, batch):
         part = windows[start:start + batch]
         here = slice(start * T, start * T + part.numel())
 
-        def keep(layer, layer_gates, ids, here=here):
+        def keep(layer, x, layer_gates, ids, here=here):
+            layer_rows = (ids + first).flatten(1)                       # (N', J)
+            w_in = model.blocks[layer].ffn.w_in.flatten(0, 1)           # (R, D)
+            readings = kernels.gather_dot(x, w_in, layer_rows)          # (N', J)
             gates[layer, here] = layer_gates.flatten(1).cpu()
-            rows[layer, here] = (ids.cpu() + first).flatten(1)
+            rows[layer, here] = layer_rows.cpu()
+            products[layer, here] = (layer_gates.flatten(1) * readings).cpu()
 
         with router_hook(model, keep):
             logits = model(part.to(device))[0].flatten(0, 1)            # (N', V)
         values, best = logits.topk(5)
         top[here] = best.cpu()
         p[here] = (values - logits.logsumexp(1, keepdim=True)).exp().cpu()
-    return Recording(cfg, windows.numpy(), gates, rows, top, p, model.embedding.weight.cpu())
+    return Recording(cfg, windows.numpy(), gates, rows, products, top, p,
+                     model.embedding.weight.cpu())
 
 
 CONTEXT = 8         # tokens, up to the one in question: equal contexts have equal circuits
@@ -1293,14 +1307,14 @@ def patched_logits(model: GPT, prompts: Tensor, gates: dict[int, tuple], layers:
                    position: int, source: int) -> Tensor:
     """(F, V) of prompts (F, T) with the gates at a position, in some layers, those of the prompt
     source: scores and neurons, of all channels. gates: {layer: (gates, ids)} of the prompts."""
-    def patch(layer: int, *output: Tensor) -> tuple[Tensor, ...] | None:
+    def patch(layer: int, x: Tensor, *output: Tensor) -> tuple[Tensor, ...] | None:
         if layer not in layers:
             return None
         changed = []
-        for x, recorded in zip(output, gates[layer]):
-            x = x.clone().unflatten(0, prompts.shape)                           # (F, T, C, k)
-            x[:, position] = recorded.unflatten(0, prompts.shape)[source, position]
-            changed.append(x.flatten(0, 1))
+        for part, recorded in zip(output, gates[layer]):
+            part = part.clone().unflatten(0, prompts.shape)                           # (F, T, C, k)
+            part[:, position] = recorded.unflatten(0, prompts.shape)[source, position]
+            changed.append(part.flatten(0, 1))
         return tuple(changed)
 
     return answer_logits(model, prompts, patch)
@@ -1336,7 +1350,7 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> Patches:
     answers = torch.tensor([fact.answer for fact in facts])
     gates = {}
 
-    def keep(layer: int, *output: Tensor) -> None:
+    def keep(layer: int, x: Tensor, *output: Tensor) -> None:
         gates[layer] = output
 
     logits = answer_logits(run.model, prompts, keep)
@@ -1421,6 +1435,378 @@ def add_patch(commands) -> None:
     parser = add_command(commands, "patch", "the gates of one prompt in another", run_patch)
     add_model_options(parser)
     add_fact_options(parser)
+
+
+# --------------------------------------------------------------------------------------------------
+# neuron: where is a neuron chosen, what does it read, and what does it write?
+
+CARD_ITEMS = 8      # excerpts, and tokens in each list
+
+
+class Card(NamedTuple):
+    """Of one neuron. It adds gate * <w_in, x> times w_out: where this product is negative, what it
+    promotes and what it suppresses change places."""
+    layer: int
+    row: int                                # c * E + id
+    use: float                              # share of the recorded tokens that choose it
+    scores: list[tuple[float, int]]         # histogram of its gates: left edges and counts
+    excerpts: list[tuple[float, str, str]]  # product, excerpt, predictions; the largest |product|
+    promotes: list[tuple[str, float]]       # tokens, and what w_out adds to their logits directly
+    suppresses: list[tuple[str, float]]
+    reads: list[tuple[str, float]]          # tokens, and <w_in, x> of x their normed embedding
+
+
+def row_name(run: Run, row: int) -> str:
+    channel, neuron = divmod(row, run.cfg.n_experts)
+    return f"{channel}:{neuron}"
+
+
+@torch.no_grad()
+def neuron_words(run: Run, layer: int, row: int) -> tuple[list[tuple[str, float]], ...]:
+    """What a neuron promotes, suppresses and reads, as in its Card."""
+    model = run.model
+    block = model.blocks[layer]
+    embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V, D) without padding
+    w_out = block.ffn.w_out.flatten(0, 1)[row]                          # (D,)
+    if run.cfg.norm:
+        w_out = w_out * model.norm.scale
+    writes = embeddings @ w_out
+    writes -= writes.mean()
+    reads = block.ffn_norm(embeddings) @ block.ffn.w_in.flatten(0, 1)[row]
+    lists = []
+    for values, keys in ((writes, -writes), (writes, writes), (reads, -reads.abs())):
+        best = keys.argsort()[:CARD_ITEMS].tolist()
+        lists.append([(run.name(token), values[token].item()) for token in best])
+    return tuple(lists)
+
+
+def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
+    recording = run.trained
+    contexts = contexts_of(recording.tokens).tolist()
+    cards = []
+    for row in rows:
+        places, slots = (recording.rows[layer] == row).nonzero(as_tuple=True)
+        products = recording.products[layer, places, slots]
+        excerpts = {}       # by context: equal ones say the same
+        for i in products.abs().argsort(descending=True, stable=True).tolist():
+            place = int(places[i])
+            if contexts[place] not in excerpts:
+                excerpts[contexts[place]] = (products[i].item(),
+                                             run.excerpt(recording.tokens, place),
+                                             run.predictions(recording, place))
+            if len(excerpts) == CARD_ITEMS:
+                break
+        counts, edges = np.histogram(recording.gates[layer, places, slots], bins=16)
+        scores = list(zip(edges[:-1].tolist(), counts.tolist()))
+        use = len(places) / recording.tokens.size
+        cards.append(Card(layer, row, use, scores, list(excerpts.values()),
+                          *neuron_words(run, layer, row)))
+    return cards
+
+
+def neuron_section(run: Run, card: Card) -> Section:
+    words = []
+    for promoted, suppressed, read in zip(card.promotes, card.suppresses, card.reads):
+        words.append([*promoted, *suppressed, *read])
+    name = row_name(run, card.row)
+    return Section(
+        f"Neuron {name} of layer {card.layer}", f"Chosen by {card.use:.3%} of "
+        f"{run.trained.tokens.size:,} tokens. It adds gate * <w_in, x> times w_out. It promotes "
+        "and suppresses what w_out does in the logits, directly and less the mean; where the "
+        "product is negative the two change places. It reads the tokens whose own embedding has "
+        "the largest <w_in, x>, with sign.",
+        [Table("Largest products, no two in equal contexts", ["gate * <w_in, x>", "text", "next"],
+               [list(excerpt) for excerpt in card.excerpts]),
+         Table("Tokens", ["promotes", "by", "suppresses", "by", "reads", "<w_in, x>"], words),
+         Table("Gates", ["from", "tokens"], [list(score) for score in card.scores])])
+
+
+def run_neuron(args: argparse.Namespace) -> list[Section]:
+    run = circuits_of(args.out_dir, args.device, args.windows)
+    check_range("LAYER", args.layer, run.cfg.n_layer)
+    channel, neuron = args.neuron
+    check_range("CHANNEL", channel, run.cfg.n_channels)
+    check_range("NEURON", neuron, run.cfg.n_experts)
+    row = channel * run.cfg.n_experts + neuron
+    return [neuron_section(run, card) for card in neuron_cards(run, args.layer, [row])]
+
+
+def check_range(name: str, value: int, count: int) -> None:
+    if not 0 <= value < count:
+        raise Mistake(f"{name}={value}: it goes from 0 to {count - 1}")
+
+
+def channel_and_neuron(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 3:141")
+    return [int(number) for number in text.split(":")]
+
+
+def add_neuron(commands) -> None:
+    parser = add_command(commands, "neuron", "a neuron: where it is chosen, what it reads and "
+                                             "writes", run_neuron)
+    add_model_options(parser)
+    add_windows_option(parser)
+    parser.add_argument("layer", type=int, metavar="LAYER")
+    parser.add_argument("neuron", type=channel_and_neuron, metavar="CHANNEL:NEURON")
+
+
+# --------------------------------------------------------------------------------------------------
+# explain: which tokens and which neurons make up the logit of the next token?
+#
+# Hold the gates, the attention patterns and the scales of the norms, 1 / rms, at what they are on a
+# prompt: the model is then linear in the embeddings, and has no biases. So embeddings times the
+# logit's gradient add up to the logit, exactly, and so do the neurons and what passes them by.
+
+class Attribution(NamedTuple):
+    """Of one logit at the last position of a prompt of T tokens; tensors on the CPU."""
+    tokens: list[int]       # the prompt, <|endoftext|> first
+    target: int             # the next token explained
+    against: int | None     # the token it is compared with; None: the mean over the vocabulary
+    logit: float            # of target, less that of against, or less the mean logit
+    token_shares: Tensor    # (T,), which add up to logit
+    neuron_shares: Tensor   # (L, T, J): what each chosen neuron adds, through all later layers
+    rows: Tensor            # (L, T, J) int32: the neurons, c * E + id
+    gates: Tensor           # (L, T, J)
+    products: Tensor        # (L, T, J): gate * <w_in, x>, by which w_out is multiplied
+
+
+def contrast(logits: Tensor, target: int, against: int | None) -> Tensor:
+    """The logit of target less that of against, or less the mean; logits (V,)."""
+    other = logits.mean() if against is None else logits[against]
+    return logits[target] - other
+
+
+@torch.no_grad()
+def routed(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates and rows (L, T, J) of tokens (T,), and the logits (V,) of the next token."""
+    first = first_rows(model.cfg, tokens.device)
+    gates = []
+    rows = []
+
+    def keep(layer: int, x: Tensor, layer_gates: Tensor, ids: Tensor) -> None:
+        gates.append(layer_gates.flatten(1))
+        rows.append((ids + first).flatten(1))
+
+    with router_hook(model, keep):
+        logits = model(tokens[None])[0][0, -1]
+    return torch.stack(gates), torch.stack(rows), logits
+
+
+def held_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), linear in x: 1 / rms counts as a constant."""
+    if isinstance(norm, nn.Identity):
+        return x
+    mean_square = x.detach().square().mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean_square + 1e-6) * norm.scale
+
+
+def held_attention(attention: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
+    """attention(x) for x (T, D), linear in x: the pattern counts as a constant."""
+    T, D = x.shape
+    qkv = attention.qkv(x).view(T, 3, -1, attention.d_head)
+    q, k, v = qkv.permute(1, 2, 0, 3)                                   # (H, T, Dh) each
+    q = rotate(attention.q_norm(q.detach()), rope)
+    k = rotate(attention.k_norm(k.detach()), rope)
+    scores = q @ k.mT * attention.d_head**-0.5                          # (H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    pattern = scores.masked_fill(future, -math.inf).softmax(-1)
+    return attention.out((pattern @ v).transpose(0, 1).reshape(T, D))
+
+
+def explain(run: Run, tokens: list[int], target: int | None, against: int | None) -> Attribution:
+    """What the tokens and neurons of a prompt add to a logit at its end; target None: the
+    likeliest. Raises Mistake if the model is not linear even then: where neurons have an
+    activation."""
+    model = run.model
+    if run.cfg.activation != "identity":
+        raise Mistake(f"{run.path} has activation={run.cfg.activation}: shares add up only where "
+                      "neurons are linear")
+    prompt = torch.tensor(tokens, device=run.device)
+    gates, rows, logits = routed(model, prompt)
+    if target is None:
+        target = int(logits.argmax())
+    embeddings = model.embedding(prompt).detach().requires_grad_()      # (T, D)
+    x = embeddings
+    products = []
+    for layer, block in enumerate(model.blocks):
+        rope = model.rope[:, :len(prompt)]
+        x = x + held_attention(block.attn, held_norm(block.attn_norm, x), rope)
+        w_in = block.ffn.w_in.detach().flatten(0, 1)                    # (R, D)
+        w_out = block.ffn.w_out.detach().flatten(0, 1)                  # (R, D)
+        readings = kernels.gather_dot(held_norm(block.ffn_norm, x), w_in, rows[layer])
+        products.append(gates[layer] * readings)                        # (T, J)
+        x = x + kernels.gather_sum(products[layer], w_out, rows[layer])
+    linear = F.linear(held_norm(model.norm, x[-1]), model.embedding.weight)     # (V,)
+    value = contrast(linear, target, against)
+    slope, *slopes = torch.autograd.grad(value, [embeddings, *products])
+    of_neurons = torch.stack(products).detach()                         # (L, T, J)
+    return Attribution(
+        tokens, target, against, contrast(logits, target, against).item(),
+        (embeddings.detach() * slope).sum(1).cpu(), (of_neurons * torch.stack(slopes)).cpu(),
+        rows.cpu(), gates.cpu(), of_neurons.cpu())
+
+
+SHOWN_NEURONS = 12
+
+
+def prompt_text(prompt: str) -> str:
+    """The text of --prompt; of FILE:path, as prepare_data.py reads it."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        with open_text(Path(prompt.removeprefix("FILE:"))) as file:
+            return file.read()
+    except UnicodeError:
+        raise Mistake(f"{prompt}: the file is not UTF-8 text") from None
+
+
+def prompt_tokens(run: Run, prompt: str) -> list[int]:
+    """<|endoftext|> and the tokens of --prompt. Raises Mistake for none, or more than the model
+    takes."""
+    ids = run.encoding.encode(prompt_text(prompt), disallowed_special=())
+    if not 1 <= len(ids) < run.cfg.block_size:
+        raise Mistake(f"--prompt has {len(ids)} tokens: give it 1 to {run.cfg.block_size - 1}")
+    return [run.encoding.eot_token, *ids]
+
+
+def one_token(run: Run, option: str, text: str | None) -> int | None:
+    """The token that an option names, if it is given."""
+    if text is None:
+        return None
+    ids = run.encoding.encode_ordinary(text)
+    if len(ids) != 1:
+        pieces = " ".join(repr(run.encoding.decode([token])) for token in ids)
+        raise Mistake(f"{option}={text!r} is {len(ids)} tokens ({pieces}): give one")
+    return ids[0]
+
+
+def token_section(run: Run, found: Attribution) -> Section:
+    """Which tokens and which neurons make up the logit."""
+    _, T, J = found.rows.shape
+    token_rows = []
+    for t, token in enumerate(found.tokens):
+        token_rows.append([t, run.name(token), found.token_shares[t].item()])
+    neuron_rows = []
+    largest = found.neuron_shares.flatten().abs().argsort(descending=True, stable=True)
+    for place in largest[:SHOWN_NEURONS].tolist():
+        layer, t, j = place // (T * J), place // J % T, place % J
+        row = found.rows[layer, t, j].item()
+        promotes, suppresses, reads = neuron_words(run, layer, row)
+        if found.products[layer, t, j] < 0:
+            promotes, suppresses = suppresses, promotes
+        words = [" ".join(name for name, _ in part[:4]) for part in (promotes, suppresses, reads)]
+        neuron_rows.append([layer, f"{t} {run.name(found.tokens[t])}", row_name(run, row),
+                            found.neuron_shares[layer, t, j].item(), *words])
+    other = "the mean logit" if found.against is None else run.name(found.against)
+    total = found.token_shares.double().sum().item()
+    return Section(
+        "Explain", f"The logit of {run.name(found.target)} as the next token, less "
+        f"{'the mean logit' if found.against is None else 'that of ' + run.name(found.against)}, "
+        f"is {found.logit:.6f}; the shares of the tokens add up to {total:.6f}, and differ by "
+        f"{total - found.logit:.1e}. Gates, attention patterns and the norms' scales are held at "
+        "what they are here: so shares say what these add, not why they are such. ",
+        [Table("Tokens", ["position", "token", "share"], token_rows),
+         Table("Neurons", ["layer", "at", "neuron", "share", "writes for", "against", "reads"],
+               neuron_rows)])
+
+
+# Controls: does switching off what has a large share do what the share says?
+
+class Control(NamedTuple):
+    """Of all prompts, the change of the logit when neurons are switched off."""
+    predicted: np.ndarray   # (P,): minus their shares
+    actual: np.ndarray      # (P,): all else is free to change
+
+
+CONTROL_PROMPTS = 128
+CONTROL_TOKENS = 64     # of each prompt
+SWITCHED_OFF = 8
+
+
+@torch.no_grad()
+def logit_without(run: Run, found: Attribution, neurons: list[tuple[int, int, int]]) -> float:
+    """The logit when neurons (layer, t, j) of found.rows add nothing at their positions t."""
+    def switch_off(layer: int, x: Tensor, gates: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        gates = gates.clone()
+        for of_layer, t, j in neurons:
+            if of_layer == layer:
+                channel, neuron = divmod(found.rows[layer, t, j].item(), run.cfg.n_experts)
+                gates[t, channel][ids[t, channel] == neuron] = 0
+        return gates, ids
+
+    with router_hook(run.model, switch_off):
+        logits = run.model(torch.tensor([found.tokens], device=run.device))[0][0, -1]
+    return contrast(logits, found.target, found.against).item()
+
+
+def alike(named: list[tuple[int, int, int]], values: Tensor) -> list[tuple[int, int, int]]:
+    """For each neuron another at its layer and position, of nearest value (L, T, J)."""
+    result = []
+    for layer, t, j in named:
+        distance = (values[layer, t] - values[layer, t, j]).abs()
+        for other_layer, other_t, taken in [*named, *result]:
+            if (other_layer, other_t) == (layer, t):
+                distance[taken] = math.inf
+        result.append((layer, t, distance.argmin().item()))
+    return result
+
+
+def controls(run: Run) -> dict[str, Control]:
+    """Of the likeliest next token of prompts of validation text, against the mean logit."""
+    J = run.cfg.n_channels * run.cfg.top_k
+    R = run.cfg.n_channels * run.cfg.n_experts
+    uses = torch.stack([rows.flatten().bincount(minlength=R) for rows in run.trained.rows])
+    starts = run.data.val_starts(CONTROL_PROMPTS)
+    prompts = run.data.windows("val", starts)[0][:, :CONTROL_TOKENS].tolist()
+    progress(f"switch off neurons in {len(prompts)} prompts")
+    changes = defaultdict(list)
+    for prompt in prompts:
+        found = explain(run, prompt, None, None)
+        T = len(prompt)
+        best = found.neuron_shares.flatten().topk(SWITCHED_OFF).indices.tolist()
+        named = [(place // (T * J), place // J % T, place % J) for place in best]
+        use = torch.stack([uses[layer][rows.long()] for layer, rows in enumerate(found.rows)])
+        groups = {"the largest shares": named, "equal use": alike(named, use.float()),
+                  "equal |gate|": alike(named, found.gates.abs()),
+                  "equal |gate * <w_in, x>|": alike(named, found.products.abs())}
+        for name, neurons in groups.items():
+            share = sum(found.neuron_shares[neuron].item() for neuron in neurons)
+            changes[name].append((-share, logit_without(run, found, neurons) - found.logit))
+    return {name: Control(*np.array(pairs).T) for name, pairs in changes.items()}
+
+
+def controls_section(run: Run) -> Section:
+    rows = []
+    for name, (predicted, actual) in controls(run).items():
+        each = np.eye(len(actual), dtype=bool)
+        rows.append([name, jackknife(predicted, each), jackknife(actual, each),
+                     float(np.corrcoef(predicted, actual)[0, 1])])
+    return Section("Controls", "TODO", [Table("Controls", ["neurons", "predicted", "actual", "correlation"], rows)])
+
+
+def run_explain(args: argparse.Namespace) -> list[Section]:
+    run = circuits_of(args.out_dir, args.device, args.windows)
+    tokens = prompt_tokens(run, args.prompt)
+    target = one_token(run, "--token", args.token)
+    against = one_token(run, "--against", args.against)
+    sections = [token_section(run, explain(run, tokens, target, against))]
+    if args.controls:
+        sections.append(controls_section(run))
+    return sections
+
+
+def add_explain(commands) -> None:
+    parser = add_command(commands, "explain", "the tokens and neurons that make up the next "
+                                              "token's logit", run_explain)
+    add_model_options(parser)
+    add_windows_option(parser)
+    parser.add_argument("--prompt", required=True, help="text, or FILE:path")
+    parser.add_argument("--token", help="the next token to explain, such as ' girl' (default: the "
+                                        "likeliest)")
+    parser.add_argument("--against", help="a token to compare it with (default: the mean logit)")
+    parser.add_argument("--controls", action="store_true",
+                        help="also switch neurons off and compare")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2296,8 +2682,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter,
                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (add_report, add_neighbors, add_map, add_usage, add_patch, add_mimic,
-                add_redistribute, add_curves, add_isoflop):
+    for add in (add_report, add_neighbors, add_map, add_usage, add_patch, add_neuron, add_explain,
+                add_mimic, add_redistribute, add_curves, add_isoflop):
         add(commands)
     if not argv or argv[0] not in (*commands.choices, "-h", "--help"):
         argv = ["report", *argv]
