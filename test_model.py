@@ -2020,11 +2020,145 @@ def test_blanks_of_facts_are_those_of_the_template(planted):
         assert template.word_blank + template.answer_blank == expected
 
 
+def run_of(model):
+    return argparse.Namespace(model=model, cfg=model.cfg, device="cpu", path="a model")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+def test_shares_of_tokens_add_up_to_the_logit(n_layer, norm, dtype, tolerance):
+    torch.manual_seed(n_layer)
+    model = tiny(n_layer=n_layer, norm=norm).to(dtype).eval()
+    for seed in range(10):
+        prompt = tokens(1, 12, seed)[0].tolist()
+        logits = model(torch.tensor([prompt]))[0][0, -1]
+        best = logits.argmax().item()
+        against_mean = analyze.explain(run_of(model), prompt, None, None)
+        assert against_mean.target == best
+        for found, truth in ((against_mean, logits[best] - logits.mean()),
+                             (analyze.explain(run_of(model), prompt, 3, 5), logits[3] - logits[5])):
+            assert found.logit == truth.item()
+            assert abs(found.token_shares.double().sum().item() - truth.item()) < tolerance
+
+
+def test_shares_are_what_a_linear_model_computes_from_each_part():
+    """With one attention pattern, without norms, given its gates the model itself is linear."""
+    torch.manual_seed(0)
+    model = tiny(n_layer=2, norm=False).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:2 * model.cfg.d_model] = 0       # all of the past, equally
+    prompt = tokens(1, 6)
+    found = analyze.explain(run_of(model), prompt[0].tolist(), 3, 5)
+    kept = {}
+
+    def hold(layer, x, *output):
+        return kept.setdefault(layer, output)
+
+    @torch.no_grad()
+    def logit():
+        with analyze.router_hook(model, hold):
+            logits = model(prompt)[0][0, -1]
+        return (logits[3] - logits[5]).item()
+
+    whole = logit()
+    for t, share in enumerate(found.token_shares):
+        alone = torch.zeros(6, 1, dtype=torch.float64)
+        alone[t] = 1
+
+        def keep_one(module, inputs, output, alone=alone):
+            return output * alone
+
+        with model.embedding.register_forward_hook(keep_one):
+            assert logit() == pytest.approx(share.item(), abs=1e-12)
+    for (layer, t, j), share in np.ndenumerate(found.neuron_shares.numpy()):
+        gates, ids = kept[layer]
+        without = gates.clone()
+        without[t].view(-1)[j] = 0
+        kept[layer] = (without, ids)
+        assert whole - logit() == pytest.approx(share, abs=1e-12)
+        kept[layer] = (gates, ids)
+
+
+def test_switching_off_a_last_neuron_takes_its_share():
+    """While the scale of the final norm is held."""
+    torch.manual_seed(0)
+    model = tiny(n_layer=2).double()
+    prompt = tokens(1, 12)
+    run = run_of(model)
+    found = analyze.explain(run, prompt[0].tolist(), None, None)
+    scales = []
+
+    def hold(norm, inputs, output):
+        x = inputs[0]
+        scales.append(torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return x * scales[0] * norm.scale
+
+    model.norm.register_forward_hook(hold)
+    assert analyze.logit_without(run, found, []) == pytest.approx(found.logit, abs=1e-12)
+    for j, share in enumerate(found.neuron_shares[-1, -1].tolist()):
+        changed = analyze.logit_without(run, found, [(1, 11, j)])
+        assert found.logit - changed == pytest.approx(share, abs=1e-12)
+    assert found.neuron_shares[-1, :-1].abs().max() == 0
+
+
+def test_planted_shares_and_cards(planted):
+    """At an a the final stream is 1 at a, 20 at A and 13 at B; its rms is what scales logits."""
+    run = analyze.circuits_of(planted, "cpu", 128)
+    rms = ((1 + 20**2 + 13**2) / 32)**0.5
+    found = analyze.explain(run, list(b"ba"), ord("A"), ord("B"))
+    assert found.logit == pytest.approx((20 - 13) / rms, rel=1e-3)
+    assert found.token_shares.tolist() == pytest.approx([0, 7 / rms], rel=1e-3, abs=1e-6)
+    assert found.rows[0].tolist() == [[1, 2], [0, 1]]
+    assert found.gates[0, 1].tolist() == pytest.approx([20, 13], rel=1e-3)
+    shares = [[0, 0], [20 / rms, -13 / rms]]
+    assert found.neuron_shares[0].tolist() == [pytest.approx(row, rel=1e-3) for row in shares]
+    card, unused = analyze.neuron_cards(run, 0, [0, 15])
+    assert card.use == 2 / 8 and unused.use == 0 and unused.excerpts == []      # of a and of d
+    low, high = card.scores[0], card.scores[-1]
+    assert low[0] == pytest.approx(13, abs=1e-2) and low[1] == high[1] == 16
+    assert [excerpt[0] for excerpt in card.excerpts] == pytest.approx([20] * 8, rel=1e-3)
+    assert all("»a«" in text and next.startswith("A ") for _, text, next in card.excerpts)
+    assert card.promotes[0] == ("A", pytest.approx(1 - 1 / 257))
+    assert {name for name, _ in card.reads} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
+    assert card.reads[0][1] == pytest.approx(1, rel=1e-3)
+
+
+def test_planted_controls(planted):
+    """Without the neuron of 20 the logit of A is 0, the norm scales up the 13 of the other."""
+    run = analyze.circuits_of(planted, "cpu", 128)
+    rms = ((1 + 20**2 + 13**2) / 32)**0.5
+    rms_without = ((1 + 13**2) / 32)**0.5
+    changes = analyze.controls(run)
+    before = (20 - 34 / 257) / rms
+    after = -14 / 257 / rms_without
+    for pair in changes["the largest shares"]:
+        assert pair == pytest.approx((-20 / rms * 256 / 257, after - before), rel=1e-3)
+    for name in ("others of equal use", "others of equal |gate|"):      # the other neuron of the letter
+        for predicted, actual in changes[name]:
+            assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
+            assert actual > predicted
+
+
+def test_explain_prints_shares_and_their_sum(planted, tmp_path, capsys):
+    (tmp_path / "prompt").write_text("ba")
+    analyze.main(["explain", f"--prompt=FILE:{tmp_path}/prompt", "--against=B", "--controls",
+                  f"--out_dir={planted}"])
+    out = capsys.readouterr().out
+    assert "The logit of A as the next token, less that of B, is 1.6585" in out
+    assert re.search(r"0 +2 a +0:0 +4.739 +A", out)
+    assert re.search(r"the largest shares +8 +-4.720 ± ", out)
+    analyze.main(["neuron", "0", "0:0", f"--out_dir={planted}"])
+    assert "== Neuron 0:0 of layer 0 ==" in capsys.readouterr().out
+
+
 def test_report_holds_everything_and_loads_nothing(planted, capsys):
     analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
-    assert list(content) == ["Neighbours", "Do near circuits mean alike?", "Map",
+    assert list(content) == ["Neighbours", "Why this token?", "Do shares say what neurons do?",
+                             "Do near circuits mean alike?", "Map",
                              "Usage and co-activation", "Patching", "Curves"]
     assert "log.jsonl is missing" in content["Curves"][0] and "== Patching ==" in out
     assert (planted / "report.html").exists() == bool(analyze.go)
@@ -2311,6 +2445,14 @@ def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
     (["neighbors", "--out_dir=nowhere"], "nowhere/ckpt.pt is missing", 1),
     (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
     (["neighbors", "--prompt="], "has 0 tokens", 1),
+    (["explain", "--prompt="], "has 0 tokens", 1),
+    (["explain", "--prompt=FILE:none"], "No such file or directory: 'none'", 1),
+    (["explain", "--prompt=a", "--token=AB"], "--token='AB' is 2 tokens ('A' 'B'): give one", 1),
+    (["explain", "--prompt=a", "--against="], "--against='' is 0 tokens (): give one", 1),
+    (["neuron", "2", "0:0"], "LAYER=2: it goes from 0 to 1", 1),
+    (["neuron", "0", "1:0"], "CHANNEL=1: it goes from 0 to 0", 1),
+    (["neuron", "0", "0:16"], "NEURON=16: it goes from 0 to 15", 1),
+    (["neuron", "0", "7"], "'7' is not CHANNEL:NEURON, such as 3:141", 1),
     (["usage", "--layer=2"], "--layer=2: it goes from 0 to 1", 1),
     (["usage", "--channel=-1"], "--channel=-1: it goes from 0 to 0", 1),
     (["patch"], "give one with --template", 1),
