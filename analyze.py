@@ -366,7 +366,7 @@ function explore(data) {
     for (const [row, product] of neurons.slice(0, 8))
       parts.push(neuronRow(product, neuron(row), l, row, product));
     if (why) {
-      parts.push(make("h3", "", `What carries ${word(why.target)}`), make("div", "quiet",
+      parts.push(make("h3", "", `What carries “${word(why.target)}”`), make("div", "quiet",
         "Neurons that add most to its logit: share, layer, at which token, channel:neuron."));
       for (const [atLayer, at, row, share, product] of why.neurons)
         parts.push(neuronRow(share, `${atLayer}  ${word(data.passage[at])}  ${neuron(row)}`,
@@ -382,7 +382,7 @@ function explore(data) {
       token.title = known ? signed(shares[i]) : "";
     });
     document.getElementById("legend").textContent = why ?
-      `Shaded: what each token adds to the logit of ${word(why.target)}, blue for it, orange ` +
+      `Shaded: what each token adds to the logit of “${word(why.target)}”, blue for it, orange ` +
       `against it; they add up to ${signed(why.logit)} over the mean logit.` : "";
   }
 
@@ -429,6 +429,7 @@ function explore(data) {
     map.on("plotly_click", event => {
       const place = event.points[0].customdata;
       const { near, neurons } = data.points[place];
+      passage.querySelector(".chosen")?.classList.remove("chosen");
       show({ near: near.map(pairs => [pairs]), neurons, explained: null,
              next: data.next[place], excerpt: () => recordedExcerpt(place) });
     });
@@ -1008,7 +1009,7 @@ def map_text(points: int, channel: int | None, umap: Callable | None, note: str)
         f"Map: {'UMAP' if umap else 'PCA'} of {points} circuits ({channel_name(channel)}), at most "
         "10, at random, of each of the 100 most frequent tokens. Near points have like gates, and "
         "colours are classes of tokens that occur in like contexts. A word stands at a point in "
-        "the middle of its own. Click a class to hide it, twice to see it alone. Untrained: the "
+        "the middle of its own. Drag to see points outside. Click a class to hide it, twice to see it alone. Untrained: the "
         f"same before the first step, a control.{note}")
 
 
@@ -1036,7 +1037,7 @@ def label_places(xy: np.ndarray, tokens: np.ndarray, low: np.ndarray,
 
 def draw_map(run: Run, places: list[int], views: dict[str, np.ndarray], classes: Classes) -> str:
     """One chart as HTML, which PAGE_SCRIPT gives a button for each view. Its axes fit the middle
-    98 % of the points."""
+    90 % of the points."""
     tokens = run.trained.tokens.ravel()[places]
     label = classes.of_token[tokens]
     members = [np.flatnonzero(label == c) for c in np.unique(label)]
@@ -1057,11 +1058,12 @@ def draw_map(run: Run, places: list[int], views: dict[str, np.ndarray], classes:
                            selected=dict(marker=dict(size=18, opacity=1)),
                            unselected=dict(marker=dict(opacity=0.6)))
     figure.add_scatter(mode="text", hoverinfo="skip", showlegend=False,
-                       textfont=dict(size=13, color="#111", shadow=WHITE_EDGE))
+                       textfont=dict(size=13, color="#111", shadow=WHITE_EDGE),
+                       unselected=dict(textfont=dict(color="#111")))
     described = []
     for title, xy in views.items():
-        low, high = np.percentile(xy, [1, 99], axis=0)
-        margin = 0.06 * (high - low)
+        low, high = np.percentile(xy, [5, 95], axis=0)      # a few far points would squeeze all
+        margin = 0.2 * (high - low)
         low, high = low - margin, high + margin
         named = label_places(xy, tokens, low, high)
         parts = [xy[chosen] for chosen in [*members, named]]        # of each trace
@@ -2829,7 +2831,7 @@ def run_report(args: argparse.Namespace) -> list[Section]:
         curves = Section("Curves", f"Left out: {error}.")
     try:
         found = explain(run, source.tokens[0].tolist(), None, None)
-        explained = [explain_section(run, found), controls_section(run)]
+        explained = [explain_section(run, found)]
     except Mistake as error:
         explained = [Section("Why this token?", f"Left out: {error}.")]
     classes = context_classes(run)
