@@ -382,8 +382,8 @@ function explore(data) {
       token.title = known ? signed(shares[i]) : "";
     });
     document.getElementById("legend").textContent = why ?
-      `Shaded: what each token adds to the logit of “${word(why.target)}”, blue for it, orange ` +
-      `against it; they add up to ${signed(why.logit)} over the mean logit.` : "";
+      `Shaded: what each token adds to the logit of “${word(why.target)}”, blue for it, ` +
+      `orange against it; they add up to ${signed(why.logit)} over the mean logit.` : "";
   }
 
   function show(item) {
@@ -1009,8 +1009,8 @@ def map_text(points: int, channel: int | None, umap: Callable | None, note: str)
         f"Map: {'UMAP' if umap else 'PCA'} of {points} circuits ({channel_name(channel)}), at most "
         "10, at random, of each of the 100 most frequent tokens. Near points have like gates, and "
         "colours are classes of tokens that occur in like contexts. A word stands at a point in "
-        "the middle of its own. Drag to see points outside. Click a class to hide it, twice to see it alone. Untrained: the "
-        f"same before the first step, a control.{note}")
+        "the middle of its own. Drag to see those outside; click a class to hide it, twice to see "
+        f"it alone. Untrained: the same before the first step, a control.{note}")
 
 
 def plotly_text(text: str) -> str:
