@@ -1,11 +1,14 @@
 """python -m pytest -q test_model.py
 
-What the tests compare with: numbers of the paper's own JAX code (golden), one-line references in float64,
-finite differences, other libraries (tiktoken's own trainer), and the program run again in another way.
+What the tests compare with: numbers of the paper's own JAX code (golden), one-line references in
+float64, finite differences, other libraries (tiktoken's own trainer), and the program run again in
+another way. They hold on any processor with any number of threads: results are compared bit for bit
+only where the same operations run in the same order, and nothing depends on speed.
 """
 import argparse
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -42,16 +45,29 @@ import kernels
 import prepare_data
 import sample
 import train
-from model import (FFN, GPT, ROUTERS, Attention, GPTConfig, KVCache, Router, SparselyGatedLinear,
-                   load_checkpoint, load_model, save_checkpoint, stream)
+from model import (
+    FFN,
+    GPT,
+    ROUTERS,
+    Attention,
+    GPTConfig,
+    KVCache,
+    Router,
+    SparselyGatedLinear,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    stream,
+)
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # golden numbers: outputs and gradients of the paper's JAX code on weights from a formula
 
 
 def fill(shape, tag, scale, offset=0.0):
-    """The weights behind the golden numbers: a hash of (tag, position), uniform in offset +- scale."""
-    h = np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + (tag * 2246822519 + 374761393) % 2**32
+    """The weights behind the golden numbers: a hash of (tag, place), uniform in offset +- scale."""
+    start = (tag * 2246822519 + 374761393) % 2**32
+    h = np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + start
     h &= 0xFFFFFFFF
     h ^= h >> 15
     h = h * 2246822519 & 0xFFFFFFFF
@@ -62,29 +78,35 @@ def fill(shape, tag, scale, offset=0.0):
 
 
 def golden_shapes(kind, cfg):
-    """Paths and shapes of a layer's parameters in the JAX code: kernels are (inputs..., outputs...)."""
-    D, F_, E, C, K = cfg.d_model, cfg.d_ff, cfg.n_experts, cfg.n_channels, cfg.d_key
+    """Paths and shapes of a layer's parameters in the JAX code. Kernels are (inputs, outputs)."""
+    D, F_ = cfg.d_model, cfg.d_ff
+    E, C, K = cfg.n_experts, cfg.n_channels, cfg.d_key
     n = math.isqrt(E)
     glu = {"Dense_0/kernel": (D, 2 * F_), "Dense_0/bias": (2 * F_,),
            "Dense_1/kernel": (F_, D), "Dense_1/bias": (D,)}
     heads = (D // cfg.d_head, cfg.d_head)
     router = {
-        "product_dense": {"router/Dense_0/kernel": (D, K), "router/DenseGeneral_0/kernel": (K, 2, C, n)},
+        "product_dense": {"router/Dense_0/kernel": (D, K),
+                          "router/DenseGeneral_0/kernel": (K, 2, C, n)},
         "dense": {"router/Dense_0/kernel": (D, K), "router/DenseGeneral_0/kernel": (K, C, E)},
         "product_key": {"router/queries/kernel": (2, C, D, K), "router/keys": (2, C, n, K)},
         "key": {"router/queries/kernel": (C, D, K), "router/keys": (C, E, K)},
     }[cfg.router]
+    moe = {"gate/kernel": (D, E)}
+    for e in range(E):
+        moe |= {f"GatedLinearUnit_{e}/{path}": shape for path, shape in glu.items()}
+    attention = {"query_norm/scale": heads[1:], "key_norm/scale": heads[1:],
+                 "output_projection/kernel": (*heads, D)}
+    for name in ("query", "key", "value"):
+        attention[f"{name}_projection/kernel"] = (D, *heads)
     return {
         "sgatlin": {"experts": (2, C, E, D), **router},
         "peer": {"experts": (2, E, D), "ProductKeyValueRouter_0/queries/kernel": (2, C, D, K),
                  "ProductKeyValueRouter_0/keys": (2, C, n, K)},
         "mlp": {"Dense_0/kernel": (D, F_), "Dense_1/kernel": (F_, D)},
         "swiglu": glu,
-        "moe": {"gate/kernel": (D, E)}
-        | {f"GatedLinearUnit_{e}/{path}": shape for e in range(E) for path, shape in glu.items()},
-        "attention": {"query_norm/scale": heads[1:], "key_norm/scale": heads[1:],
-                      "output_projection/kernel": (*heads, D)}
-        | {f"{name}_projection/kernel": (D, *heads) for name in ("query", "key", "value")},
+        "moe": moe,
+        "attention": attention,
     }[kind]
 
 
@@ -92,9 +114,11 @@ def golden_values(shapes, tag):
     """{path: array}: the tags count up from `tag` in the order of the sorted paths."""
     values = {}
     for i, path in enumerate(sorted(shapes)):
-        shape, scale, offset = shapes[path], 0.0, 0.0
+        shape = shapes[path]
+        offset = 0.0
         if path.endswith("scale"):
-            scale, offset = 0.3, 1.0
+            scale = 0.3
+            offset = 1.0
         elif path.endswith("bias"):
             scale = 0.5
         elif path.endswith("keys"):
@@ -115,7 +139,8 @@ def to_ours(kind, p):
     p = {path.replace("ProductKeyValueRouter_0", "router"): value for path, value in p.items()}
     if kind == "attention":
         D = p["output_projection/kernel"].shape[-1]
-        qkv = [p[f"{name}_projection/kernel"].reshape(D, -1).T for name in ("query", "key", "value")]
+        qkv = [p[f"{name}_projection/kernel"].reshape(D, -1).T
+               for name in ("query", "key", "value")]
         ours = {"qkv.weight": np.concatenate(qkv),
                 "out.weight": p["output_projection/kernel"].reshape(-1, D).T,
                 "q_norm.scale": p["query_norm/scale"], "k_norm.scale": p["key_norm/scale"]}
@@ -127,19 +152,24 @@ def to_ours(kind, p):
     elif kind == "moe":
         experts = range(p["gate/kernel"].shape[1])
         ours = {"gate.weight": p["gate/kernel"].T}
-        for name, path in (("w1", "Dense_0/kernel"), ("b1", "Dense_0/bias"), ("w2", "Dense_1/kernel"),
-                           ("b2", "Dense_1/bias")):
+        for name, path in (("w1", "Dense_0/kernel"), ("b1", "Dense_0/bias"),
+                           ("w2", "Dense_1/kernel"), ("b2", "Dense_1/bias")):
             ours[name] = np.stack([p[f"GatedLinearUnit_{e}/{path}"].T for e in experts])
     else:
         ours = {"w_in": p["experts"][0], "w_out": p["experts"][1]}
         if "router/keys" in p:      # (2, C, n, K) and (2, C, D, K), or without the 2
-            keys, queries = p["router/keys"], p["router/queries/kernel"]
-            keys, queries = (v if v.ndim == 4 else v[None] for v in (keys, queries))
+            keys = p["router/keys"]
+            queries = p["router/queries/kernel"]
+            if keys.ndim == 3:
+                keys = keys[None]
+                queries = queries[None]
             ours["router.keys"] = keys.swapaxes(0, 1)
-            ours["router.query.weight"] = queries.transpose(1, 0, 3, 2).reshape(-1, queries.shape[2])
+            queries = queries.transpose(1, 0, 3, 2)                 # (C, parts, K, D)
+            ours["router.query.weight"] = queries.reshape(-1, queries.shape[3])
         else:                       # (K, 2, C, n), or without the 2
             keys = p["router/DenseGeneral_0/kernel"]
-            keys = keys if keys.ndim == 4 else keys[:, None]
+            if keys.ndim == 3:
+                keys = keys[:, None]
             ours["router.keys"] = keys.transpose(2, 1, 3, 0)
             ours["router.query.weight"] = p["router/Dense_0/kernel"].T
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in ours.items()}
@@ -147,69 +177,100 @@ def to_ours(kind, p):
 
 # D 4, E 9, K 3, k 2, C 2, F 5, 3 experts of moe, d_head 2; x (1, 2, 4); the loss is <y, v>
 GOLDEN_LAYERS = {
-    "sgatlin_product_dense_identity": dict(tag=90000, x_scale=1.5, y=[-0.294311, 0.30198, -0.311896,
-        -1.072253, -0.277016, -0.202955, 0.295437, -0.075653], dx=[-2.738605, -1.336467, 1.358569,
-        -1.853941, 0.307275, -1.18371, -0.222052, -0.052052], indices=[3, 6, 2, 5, 1, 2, 6, 8],
+    "sgatlin_product_dense_identity": dict(
+        tag=90000, x_scale=1.5,
+        y=[-0.294311, 0.30198, -0.311896, -1.072253, -0.277016, -0.202955, 0.295437, -0.075653],
+        dx=[-2.738605, -1.336467, 1.358569, -1.853941, 0.307275, -1.18371, -0.222052, -0.052052],
+        indices=[3, 6, 2, 5, 1, 2, 6, 8],
         scores=[1.385332, 0.378034, 2.078154, 1.307344, 0.838128, 0.53015, 0.449867, 0.270794],
         grad_squares=[55.5657, 7.27125, 7.75653]),
-    "sgatlin_product_key_value_identity": dict(tag=90100, x_scale=1.5, y=[-3.28751, -3.287164, -0.736103,
-        1.757361, 2.820555, 1.293435, -0.958215, 0.678659], dx=[-1.264097, 0.518145, 1.170355, -0.303943,
-        1.624513, -1.570318, 0.882962, 1.237403], indices=[5, 3, 7, 6, 7, 8, 6, 8], scores=[2.898931,
-        2.636587, 2.335095, 2.214378, 0.795505, 0.521675, 1.467871, 1.447006], grad_squares=[33.5391,
-        1.23088, 10.2929]),
-    "sgatlin_dense_identity": dict(tag=90200, x_scale=1.5, y=[0.496283, 0.08361, 0.498689, 0.170996,
-        0.976489, -1.413761, 1.340808, -1.15758], dx=[-0.530396, 0.345885, 0.456237, 0.466177, 1.107042,
-        -0.492181, -0.844847, -0.459648], indices=[2, 6, 5, 7, 5, 8, 3, 4], scores=[1.639415, 0.980276,
-        0.637839, 0.580936, 1.230893, 1.173353, 1.286798, 1.215971], grad_squares=[17.8899, 1.76149,
-        1.40054]),
-    "sgatlin_key_value_identity": dict(tag=90300, x_scale=1.5, y=[1.063564, -1.327406, -2.232626, 0.329793,
-        -1.241663, 2.248841, 0.849364, -0.840998], dx=[1.163394, -2.661235, 2.140954, -0.252513, -0.240143,
-        -0.27692, 0.567139, 0.608874], indices=[2, 5, 5, 1, 8, 1, 0, 6], scores=[1.935248, 1.722059,
-        0.512769, 0.235425, 2.203209, 1.816931, 1.02742, 0.944748], grad_squares=[37.096, 3.56375,
-        4.66427]),
-    "sgatlin_product_dense_gelu": dict(tag=90400, x_scale=1.5, y=[-0.208831, -0.334475, -0.576881, 1.92923,
-        -0.104317, -0.694331, 0.636616, -0.431913], dx=[-2.153166, 0.149069, -2.892196, -0.201818,
-        -0.195727, 0.403882, 0.156362, 0.101055], indices=[4, 5, 1, 7, 6, 7, 6, 8], scores=[3.113792,
-        2.958701, 2.253599, 1.528945, 2.148096, 1.787153, 2.350664, 1.424145], grad_squares=[47.1422,
-        3.62995, 6.66064]),
-    "sgatlin_product_dense_relu": dict(tag=90500, x_scale=1.5, y=[-1.003399, -0.044689, -0.725974, 0.831655,
-        0.86533, 2.005757, 1.964373, 0.632376], dx=[2.749801, -0.966421, 0.167419, 1.102588, -0.203176,
-        0.958063, 0.121254, 0.604234], indices=[0, 2, 1, 0, 7, 1, 5, 4], scores=[0.976818, 0.899545,
-        0.166519, -0.064554, 1.496969, 1.291509, 2.289309, 1.910294], grad_squares=[14.1635, 7.75822,
-        20.5815]),
-    "sgatlin_product_dense_swish": dict(tag=90600, x_scale=1.5, y=[0.679664, -1.588424, 1.268511, -0.699926,
-        0.05552, 0.088514, -0.106061, -0.037175], dx=[-0.140062, -0.361162, -1.015192, -0.884645, -0.13521,
-        -0.043903, -0.076828, -0.05264], indices=[0, 6, 8, 6, 8, 5, 0, 3], scores=[1.12214, 1.030964,
-        1.460376, 1.390019, 0.924878, 0.911147, 0.437936, 0.236357], grad_squares=[9.50837, 1.51693,
-        2.58928]),
-    "peer": dict(tag=90700, x_scale=1.5, y=[-0.09211, -0.232086, 0.17015, -0.061817, -0.725824, 0.655233,
-        0.95034, 0.092449], dx=[-0.079443, 0.013129, -0.033522, -0.005281, 0.144864, 0.092422, -0.334939,
-        0.25261], indices=[6, 8, 7, 4, 8, 7, 7, 8], scores=[1.050571, 0.716671, 1.310172, 0.932234,
-        0.608037, 0.352841, 0.503589, 0.453784], grad_squares=[0.0516613, 0.15627, 5.7463]),
-    "mlp_gelu": dict(tag=90800, x_scale=1.5, y=[-0.61989, 0.474027, -0.042425, -0.026182, -0.184779,
-        0.048056, -0.427901, 0.07051], dx=[0.658339, 0.056881, 0.268361, 0.358516, 0.594058, -0.051725,
-        0.253365, 0.274091], grad_squares=[7.74516, 6.3752]),
-    "glu_sigmoid": dict(tag=90900, x_scale=1.5, y=[-0.92616, 0.512779, 0.026411, 0.140086, -0.605031,
-        0.027591, -0.023025, -0.264029], dx=[0.416482, -0.705865, -0.444228, 0.274661, 0.01189, 0.121089,
-        0.008112, -0.071348], grad_squares=[0.836266, 2.30371, 1.07601, 1.99568]),
-    "glu_sigmoid_clamped": dict(tag=91000, x_scale=12.0, y=[16.323347, -19.821892, -50.955185, 16.007441,
-        1.646773, -13.784221, -26.149363, 14.829702], dx=[-1.034835, 1.627049, 0.000794, 0.275663,
-        -7.206256, -6.853174, 0.545523, 3.96128], grad_squares=[118.661, 13594.4, 2.58033, 6768.06]),
-    "moe": dict(tag=91100, x_scale=1.5, y=[-0.315246, 0.206225, 0.308578, 0.436561, 0.166925, -0.054806,
-        -0.116833, 0.061344], dx=[-0.475455, 0.642914, 0.162505, -0.129861, 0.981839, 0.153854, -0.000426,
-        -0.687999], indices=[1, 2, 1, 0], grad_squares=[0.00336955, 0.0145417, 0.0129421, 0.0301519,
-        1.52329, 7.47558, 3.06734, 1.28493, 0.0296786, 0.0657996, 0.218208, 0.0806947, 0.0502254]),
-    "attention": dict(tag=91200, x_scale=1.5, y=[0.268394, -0.504779, 0.732942, 1.137209, 0.360657,
-        -0.453334, 0.86936, 1.199806], dx=[0.15348, 0.052205, -0.011055, 0.605741, -0.403823, -0.107037,
-        0.012774, 0.205162], grad_squares=[0.00675777, 0.0535891, 0.784071, 0.0277296, 0.863348, 1.17436]),
+    "sgatlin_product_key_value_identity": dict(
+        tag=90100, x_scale=1.5,
+        y=[-3.28751, -3.287164, -0.736103, 1.757361, 2.820555, 1.293435, -0.958215, 0.678659],
+        dx=[-1.264097, 0.518145, 1.170355, -0.303943, 1.624513, -1.570318, 0.882962, 1.237403],
+        indices=[5, 3, 7, 6, 7, 8, 6, 8],
+        scores=[2.898931, 2.636587, 2.335095, 2.214378, 0.795505, 0.521675, 1.467871, 1.447006],
+        grad_squares=[33.5391, 1.23088, 10.2929]),
+    "sgatlin_dense_identity": dict(
+        tag=90200, x_scale=1.5,
+        y=[0.496283, 0.08361, 0.498689, 0.170996, 0.976489, -1.413761, 1.340808, -1.15758],
+        dx=[-0.530396, 0.345885, 0.456237, 0.466177, 1.107042, -0.492181, -0.844847, -0.459648],
+        indices=[2, 6, 5, 7, 5, 8, 3, 4],
+        scores=[1.639415, 0.980276, 0.637839, 0.580936, 1.230893, 1.173353, 1.286798, 1.215971],
+        grad_squares=[17.8899, 1.76149, 1.40054]),
+    "sgatlin_key_value_identity": dict(
+        tag=90300, x_scale=1.5,
+        y=[1.063564, -1.327406, -2.232626, 0.329793, -1.241663, 2.248841, 0.849364, -0.840998],
+        dx=[1.163394, -2.661235, 2.140954, -0.252513, -0.240143, -0.27692, 0.567139, 0.608874],
+        indices=[2, 5, 5, 1, 8, 1, 0, 6],
+        scores=[1.935248, 1.722059, 0.512769, 0.235425, 2.203209, 1.816931, 1.02742, 0.944748],
+        grad_squares=[37.096, 3.56375, 4.66427]),
+    "sgatlin_product_dense_gelu": dict(
+        tag=90400, x_scale=1.5,
+        y=[-0.208831, -0.334475, -0.576881, 1.92923, -0.104317, -0.694331, 0.636616, -0.431913],
+        dx=[-2.153166, 0.149069, -2.892196, -0.201818, -0.195727, 0.403882, 0.156362, 0.101055],
+        indices=[4, 5, 1, 7, 6, 7, 6, 8],
+        scores=[3.113792, 2.958701, 2.253599, 1.528945, 2.148096, 1.787153, 2.350664, 1.424145],
+        grad_squares=[47.1422, 3.62995, 6.66064]),
+    "sgatlin_product_dense_relu": dict(
+        tag=90500, x_scale=1.5,
+        y=[-1.003399, -0.044689, -0.725974, 0.831655, 0.86533, 2.005757, 1.964373, 0.632376],
+        dx=[2.749801, -0.966421, 0.167419, 1.102588, -0.203176, 0.958063, 0.121254, 0.604234],
+        indices=[0, 2, 1, 0, 7, 1, 5, 4],
+        scores=[0.976818, 0.899545, 0.166519, -0.064554, 1.496969, 1.291509, 2.289309, 1.910294],
+        grad_squares=[14.1635, 7.75822, 20.5815]),
+    "sgatlin_product_dense_swish": dict(
+        tag=90600, x_scale=1.5,
+        y=[0.679664, -1.588424, 1.268511, -0.699926, 0.05552, 0.088514, -0.106061, -0.037175],
+        dx=[-0.140062, -0.361162, -1.015192, -0.884645, -0.13521, -0.043903, -0.076828, -0.05264],
+        indices=[0, 6, 8, 6, 8, 5, 0, 3],
+        scores=[1.12214, 1.030964, 1.460376, 1.390019, 0.924878, 0.911147, 0.437936, 0.236357],
+        grad_squares=[9.50837, 1.51693, 2.58928]),
+    "peer": dict(
+        tag=90700, x_scale=1.5,
+        y=[-0.09211, -0.232086, 0.17015, -0.061817, -0.725824, 0.655233, 0.95034, 0.092449],
+        dx=[-0.079443, 0.013129, -0.033522, -0.005281, 0.144864, 0.092422, -0.334939, 0.25261],
+        indices=[6, 8, 7, 4, 8, 7, 7, 8],
+        scores=[1.050571, 0.716671, 1.310172, 0.932234, 0.608037, 0.352841, 0.503589, 0.453784],
+        grad_squares=[0.0516613, 0.15627, 5.7463]),
+    "mlp_gelu": dict(
+        tag=90800, x_scale=1.5,
+        y=[-0.61989, 0.474027, -0.042425, -0.026182, -0.184779, 0.048056, -0.427901, 0.07051],
+        dx=[0.658339, 0.056881, 0.268361, 0.358516, 0.594058, -0.051725, 0.253365, 0.274091],
+        grad_squares=[7.74516, 6.3752]),
+    "glu_sigmoid": dict(
+        tag=90900, x_scale=1.5,
+        y=[-0.92616, 0.512779, 0.026411, 0.140086, -0.605031, 0.027591, -0.023025, -0.264029],
+        dx=[0.416482, -0.705865, -0.444228, 0.274661, 0.01189, 0.121089, 0.008112, -0.071348],
+        grad_squares=[0.836266, 2.30371, 1.07601, 1.99568]),
+    "glu_sigmoid_clamped": dict(
+        tag=91000, x_scale=12.0,
+        y=[16.323347, -19.821892, -50.955185, 16.007441, 1.646773, -13.784221, -26.149363,
+            14.829702],
+        dx=[-1.034835, 1.627049, 0.000794, 0.275663, -7.206256, -6.853174, 0.545523, 3.96128],
+        grad_squares=[118.661, 13594.4, 2.58033, 6768.06]),
+    "moe": dict(
+        tag=91100, x_scale=1.5,
+        y=[-0.315246, 0.206225, 0.308578, 0.436561, 0.166925, -0.054806, -0.116833, 0.061344],
+        dx=[-0.475455, 0.642914, 0.162505, -0.129861, 0.981839, 0.153854, -0.000426, -0.687999],
+        indices=[1, 2, 1, 0],
+        grad_squares=[0.00336955, 0.0145417, 0.0129421, 0.0301519, 1.52329, 7.47558, 3.06734,
+            1.28493, 0.0296786, 0.0657996, 0.218208, 0.0806947, 0.0502254]),
+    "attention": dict(
+        tag=91200, x_scale=1.5,
+        y=[0.268394, -0.504779, 0.732942, 1.137209, 0.360657, -0.453334, 0.86936, 1.199806],
+        dx=[0.15348, 0.052205, -0.011055, 0.605741, -0.403823, -0.107037, 0.012774, 0.205162],
+        grad_squares=[0.00675777, 0.0535891, 0.784071, 0.0277296, 0.863348, 1.17436]),
 }
 
 
 def golden_config(case):
     kind, _, rest = case.partition("_")
-    kind = {"glu": "swiglu"}.get(kind, kind)
+    if kind == "glu":
+        kind = "swiglu"
     router, _, activation = rest.rpartition("_")
-    cfg = dict(d_model=4, d_head=2, n_experts=9, d_key=3, top_k=2, n_channels=2, d_ff=5, block_size=2)
+    cfg = dict(d_model=4, d_head=2, n_experts=9, d_key=3, top_k=2, n_channels=2, d_ff=5,
+               block_size=2)
     if kind == "sgatlin":
         cfg |= dict(router=router.replace("_value", ""), activation=activation)
     elif kind == "moe":
@@ -242,8 +303,10 @@ def test_layer_is_that_of_the_paper(case):
         assert ids.flatten().tolist() == golden["indices"]
     shapes = golden_shapes(kind, cfg)
     for path, square in zip(sorted(shapes), golden["grad_squares"], strict=True):
-        mask = to_ours(kind, {other: np.full(shape, other == path) for other, shape in shapes.items()})
-        ours = sum((p.grad.double().square() * mask[name]).sum() for name, p in layer.named_parameters())
+        # Which of our numbers are those of this parameter of the JAX code.
+        mask = to_ours(kind, {other: np.full(shapes[other], other == path) for other in shapes})
+        ours = sum((p.grad.double().square() * mask[name]).sum()
+                   for name, p in layer.named_parameters())
         assert ours.item() == pytest.approx(square, rel=2e-5), path
 
 
@@ -258,25 +321,31 @@ GOLDEN_MODELS = {
 
 
 def golden_model(ffn):
-    moe = dict(n_experts=4, top_k=2, d_ff=24) if ffn == "moe" else dict(n_experts=25, top_k=3, d_ff=48)
-    cfg = GPTConfig(vocab_size=32, block_size=8, n_layer=2, d_model=32, d_head=8, n_channels=2, d_key=6,
-                    ffn=ffn, **moe)
-    layers = {"attention/": ("attention", "attn."), "ffw/": (ffn, "ffn.")}
+    sizes = dict(n_experts=25, top_k=3, d_ff=48)
+    if ffn == "moe":
+        sizes = dict(n_experts=4, top_k=2, d_ff=24)
+    cfg = GPTConfig(vocab_size=32, block_size=8, n_layer=2, d_model=32, d_head=8, n_channels=2,
+                    d_key=6, ffn=ffn, **sizes)
+    layers = {"attention": ("attention", "attn"), "ffw": (ffn, "ffn")}
     shapes = {"embedder/embedding": (32, 32), "output_norm/scale": (32,)}
     for i in range(2):
-        shapes |= {f"blocks_{i}/attention_norm/scale": (32,), f"blocks_{i}/feedforward_norm/scale": (32,)}
-        for prefix, (kind, _) in layers.items():
-            part = golden_shapes(kind, dataclasses.replace(cfg, router="product_dense"))
-            shapes |= {f"blocks_{i}/{prefix}{path}": shape for path, shape in part.items()}
+        shapes[f"blocks_{i}/attention_norm/scale"] = (32,)
+        shapes[f"blocks_{i}/feedforward_norm/scale"] = (32,)
+        for theirs, (kind, _) in layers.items():
+            for path, shape in golden_shapes(kind, cfg).items():
+                shapes[f"blocks_{i}/{theirs}/{path}"] = shape
     values = golden_values(shapes, GOLDEN_MODELS[ffn][0])
-    ours = {"embedding.weight": values["embedder/embedding"], "norm.scale": values["output_norm/scale"]}
+    ours = {"embedding.weight": values["embedder/embedding"],
+            "norm.scale": values["output_norm/scale"]}
     for i in range(2):
-        ours |= {f"blocks.{i}.attn_norm.scale": values[f"blocks_{i}/attention_norm/scale"],
-                 f"blocks.{i}.ffn_norm.scale": values[f"blocks_{i}/feedforward_norm/scale"]}
-        for prefix, (kind, name) in layers.items():
-            start = f"blocks_{i}/{prefix}"
-            part = {path.removeprefix(start): v for path, v in values.items() if path.startswith(start)}
-            ours |= {f"blocks.{i}.{name}{key}": value for key, value in to_ours(kind, part).items()}
+        ours[f"blocks.{i}.attn_norm.scale"] = values[f"blocks_{i}/attention_norm/scale"]
+        ours[f"blocks.{i}.ffn_norm.scale"] = values[f"blocks_{i}/feedforward_norm/scale"]
+        for theirs, (kind, name) in layers.items():
+            prefix = f"blocks_{i}/{theirs}/"
+            part = {path.removeprefix(prefix): value for path, value in values.items()
+                    if path.startswith(prefix)}
+            for key, value in to_ours(kind, part).items():
+                ours[f"blocks.{i}.{name}.{key}"] = value
     model = GPT(cfg)
     model.load_state_dict({name: torch.as_tensor(value) for name, value in ours.items()})
     return model
@@ -284,7 +353,8 @@ def golden_model(ffn):
 
 @pytest.mark.parametrize("ffn", GOLDEN_MODELS)
 def test_model_is_that_of_the_paper(ffn):
-    model = golden_model(ffn)
+    """In float64, where no rounding can tip a router to another neuron than the paper's."""
+    model = golden_model(ffn).double()
     tokens = torch.tensor([[28, 2, 3, 12, 10, 27, 0, 0], [18, 30, 21, 1, 18, 2, 20, 19]])
     inputs = torch.cat((torch.ones(2, 1, dtype=torch.long), tokens[:, :-1]), dim=1)
     logits, loss = model(inputs, tokens.masked_fill(tokens == 0, -100))
@@ -296,7 +366,7 @@ def test_model_is_that_of_the_paper(ffn):
     assert squares == pytest.approx(grad_squares, rel=1e-5)
 
 
-# parameters at the paper's vocabulary of 50258; forward FLOPs of a sequence of 1024 and of 2048 tokens
+# parameters at the paper's vocabulary of 50258; forward FLOPs of 1024 and of 2048 tokens
 GOLDEN_LADDER = [
     ("mlp", 1, 6696064, 1610612736, 5368709120),
     ("mlp", 6, 104679168, 173946175488, 425201762304),
@@ -325,7 +395,8 @@ def on_meta(cfg):
 def test_ladder_has_the_sizes_of_the_paper(ffn, scale, params, flops_1024, flops_2048):
     model = on_meta(GPTConfig.ladder(ffn, scale))
     assert model.num_params()[0] == params
-    assert (model.flops_per_sequence(1024), model.flops_per_sequence(2048)) == (flops_1024, flops_2048)
+    assert model.flops_per_sequence(1024) == flops_1024
+    assert model.flops_per_sequence(2048) == flops_2048
 
 
 @pytest.mark.parametrize("ffn, scale, flops, batch_size, block_size, steps", [
@@ -335,9 +406,10 @@ def test_ladder_has_the_sizes_of_the_paper(ffn, scale, params, flops_1024, flops
     ("sgatlin", 1, 1e18, 128, 2048, 421794)])
 def test_budget_buys_the_steps_of_the_paper(ffn, scale, flops, batch_size, block_size, steps):
     """Those that the paper's code makes of the budgets of its isoflop runs."""
-    cfg = train.make_config(dict(ffn=ffn, scale=scale, flops=flops, batch_size=batch_size, vocab_size=8,
-                                 block_size=block_size), "cpu")
-    assert train.Run(cfg, train.Processes("cpu"), None, None).cfg.steps == steps
+    given = dict(ffn=ffn, scale=scale, flops=flops, batch_size=batch_size, vocab_size=8,
+                 block_size=block_size, out_dir="none")
+    cfg, _ = train.settle(given, torch.device("cpu"), world=1)
+    assert cfg.steps == steps
 
 
 @pytest.mark.parametrize("router, params, flops", [
@@ -346,7 +418,8 @@ def test_budget_buys_the_steps_of_the_paper(ffn, scale, flops, batch_size, block
 def test_routers_have_the_sizes_of_the_paper(router, params, flops):
     model = on_meta(GPTConfig.ladder("sgatlin", 6, router=router))
     assert model.num_params()[0] == params
-    assert flops is None or model.flops_per_sequence(1024) == flops   # the paper's code does not count key
+    if flops is not None:           # the paper's code does not count those of key
+        assert model.flops_per_sequence(1024) == flops
 
 
 def test_active_parameters():
@@ -354,9 +427,10 @@ def test_active_parameters():
     total, active = on_meta(cfg).num_params()
     assert total - active == 2 * 3 * (256 - 5) * 64
     moe = on_meta(GPTConfig(n_layer=1, d_model=64, ffn="moe", n_experts=4, top_k=1))
-    one = sum(w[0].numel() for w in (moe.blocks[0].ffn.w1, moe.blocks[0].ffn.b1, moe.blocks[0].ffn.w2,
-                                     moe.blocks[0].ffn.b2))
-    assert moe.num_params()[0] - moe.num_params()[1] == 3 * one
+    layer = moe.blocks[0].ffn
+    one = sum(w[0].numel() for w in (layer.w1, layer.b1, layer.w2, layer.b2))
+    total, active = moe.num_params()
+    assert total - active == 3 * one
 
 
 @pytest.mark.parametrize("ffn, tensor, std, largest", [
@@ -466,7 +540,7 @@ def test_no_gathered_copy_is_made(tmp_path):
     assert peak_bytes(*args) < allowed < gathered < peak_bytes(*args, "reference")
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model
 
 TINY = dict(vocab_size=50, block_size=12, n_layer=2, d_model=32, d_head=8, d_key=8, n_channels=2)
@@ -474,7 +548,9 @@ TINY = dict(vocab_size=50, block_size=12, n_layer=2, d_model=32, d_head=8, d_key
 
 def tiny(ffn="sgatlin", **sizes):
     torch.manual_seed(0)
-    own = dict(n_experts=4, top_k=2, d_ff=16) if ffn == "moe" else dict(n_experts=25, top_k=3, d_ff=48)
+    own = dict(n_experts=25, top_k=3, d_ff=48)
+    if ffn == "moe":
+        own = dict(n_experts=4, top_k=2, d_ff=16)
     return GPT(GPTConfig(**(TINY | own | sizes), ffn=ffn))
 
 
@@ -495,12 +571,14 @@ def test_every_parameter_learns(ffn):
 
 @pytest.mark.parametrize("ffn", FFN)
 def test_the_future_cannot_be_seen(ffn):
-    """In float64: another token changes how many tokens an expert gets, and thereby how matrices round."""
-    model, idx = tiny(ffn).double(), tokens()
+    """In float64: another token changes how many tokens an expert gets, and so how sums round."""
+    model = tiny(ffn).double()
+    idx = tokens()
     changed = idx.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 50
     difference = (model(idx)[0] - model(changed)[0]).abs().amax((0, 2))        # (T,)
-    assert difference[:7].max() < 1e-6 and difference[7:].min() > 1e-3
+    assert difference[:7].max() < 1e-6
+    assert difference[7:].min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -513,7 +591,8 @@ def test_router_takes_the_largest_scores(kind):
     if kind.startswith("product"):
         full = (full[..., None] + scores[:, :, 1, None]).flatten(-2)
     gates, ids = router(x)
-    assert torch.equal(gates, full.topk(4).values) and torch.equal(gates, full.gather(-1, ids.long()))
+    torch.testing.assert_close(gates, full.topk(4).values)
+    torch.testing.assert_close(gates, full.gather(-1, ids.long()))
 
 
 def test_layer_is_linear_given_its_gates():
@@ -525,8 +604,10 @@ def test_layer_is_linear_given_its_gates():
     y = layer(x)
     handle.remove()
     gates, ids = recorded[0]
-    truth = torch.einsum("nck,nckd,nckD,nd->nD", gates, *(
-        w[torch.arange(2)[:, None], ids.long()] for w in (layer.w_in, layer.w_out)), x[0])
+    pool = torch.arange(2)[:, None]
+    w_in = layer.w_in[pool, ids.long()]                             # (N, C, k, D)
+    w_out = layer.w_out[pool, ids.long()]                           # (N, C, k, D)
+    truth = torch.einsum("nck,nckd,nckD,nd->nD", gates, w_in, w_out, x[0])
     torch.testing.assert_close(y[0], truth, atol=1e-5, rtol=1e-4)
     layer.router.register_forward_hook(lambda *args: recorded[0])
     torch.testing.assert_close(layer(2 * x + z), 2 * y + layer(z), atol=1e-4, rtol=1e-4)
@@ -536,23 +617,27 @@ def test_layer_is_linear_given_its_gates():
 @pytest.mark.parametrize("shared_pool", [False, True])
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
 def test_ablations_are_what_they_say(softmax_gates, shared_pool, activation):
-    layer = tiny(softmax_gates=softmax_gates, shared_pool=shared_pool, activation=activation).blocks[0].ffn
+    model = tiny(softmax_gates=softmax_gates, shared_pool=shared_pool, activation=activation)
+    layer = model.blocks[0].ffn
     assert len(layer.w_in) == (1 if shared_pool else 2)
     x = torch.randn(5, 32)
     gates, ids = layer.router(x)
-    gates = gates.softmax(-1) if softmax_gates else gates
+    if softmax_gates:
+        gates = gates.softmax(-1)
     pool = torch.tensor([[0], [0 if shared_pool else 1]])
     a = gates * torch.einsum("nckd,nd->nck", layer.w_in[pool, ids.long()], x)
-    a = torch.nn.functional.gelu(a, approximate="tanh") if activation == "gelu" else a
+    if activation == "gelu":
+        a = torch.nn.functional.gelu(a, approximate="tanh")
     truth = torch.einsum("nck,nckd->nd", a, layer.w_out[pool, ids.long()])
     torch.testing.assert_close(layer(x), truth, atol=1e-5, rtol=1e-4)
 
 
 def test_without_norm_none_is_left():
-    model, normed = tiny(norm=False), tiny()
-    assert {name for name, _ in normed.named_parameters()} - {name for name, _ in model.named_parameters()} \
-        == {name for name, _ in normed.named_parameters() if "norm" in name}
-    block, x = model.blocks[0], torch.randn(1, 12, 32)
+    model = tiny(norm=False)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in tiny().named_parameters() if "norm" not in name}
+    block = model.blocks[0]
+    x = torch.randn(1, 12, 32)
     y = x + block.attn(x, model.rope, 0, None)
     torch.testing.assert_close(block(x, model.rope, 0, None), y + block.ffn(y))
 
@@ -560,20 +645,24 @@ def test_without_norm_none_is_left():
 def test_moe_groups_tokens_and_computes_the_same():
     torch.manual_seed(0)
     moe = FFN["moe"](GPTConfig(d_model=16, d_head=8, d_ff=24, ffn="moe", n_experts=5, top_k=2))
-    x = torch.randn(2, 9, 16)
+    moe.double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
     p = moe.gate(x).softmax(-1)
     p = p * (p >= p.topk(2).values[..., -1:])
     gate, linear = (torch.einsum("btd,efd->btef", x, moe.w1) + moe.b1).chunk(2, dim=-1)
-    hidden = gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7)) * (linear.clamp(-7, 7) + 1)
-    dense = torch.einsum("bte,bted->btd", p, torch.einsum("btef,edf->bted", hidden, moe.w2) + moe.b2)
-    torch.testing.assert_close(moe(x), dense, atol=1e-5, rtol=1e-4)
+    gate = gate.clamp(max=7)
+    hidden = gate * torch.sigmoid(1.702 * gate) * (linear.clamp(-7, 7) + 1)     # (B, T, E, F)
+    experts = torch.einsum("btef,edf->bted", hidden, moe.w2) + moe.b2
+    dense = torch.einsum("bte,bted->btd", p, experts)
+    torch.testing.assert_close(moe(x), dense)
 
 
 @pytest.mark.parametrize("sizes, message", [
     (dict(n_experts=1000), "n_experts=1000 must be a square for product keys: take 961 or 1024"),
     (dict(n_experts=64), "top_k=8 must be less than the 8 sub-keys of n_experts=64"),
     (dict(d_model=100), "d_head=64 must be even and divide d_model=100"),
-    (dict(n_layer=0), "n_layer=0 must be positive"), (dict(ffn="glu"), "ffn='glu' is none of sgatlin, peer"),
+    (dict(n_layer=0), "n_layer=0 must be positive"),
+    (dict(ffn="glu"), "ffn='glu' is none of sgatlin, peer"),
     (dict(ffn="moe", top_k=9), "top_k=9 must not exceed n_experts=8"),
     (dict(router="keys"), "router='keys' is none of product_dense, product_key")])
 def test_bad_sizes_are_explained(sizes, message):
@@ -582,12 +671,15 @@ def test_bad_sizes_are_explained(sizes, message):
 
 
 def test_cache_equals_the_full_forward():
-    model, idx = tiny().eval(), tokens(B=1)
-    full, cache = model(idx)[0], KVCache()
+    """In float64: pieces round otherwise, which could tip a router to another neuron."""
+    model = tiny().double()
+    idx = tokens(B=1)
+    full, _ = model(idx)
+    cache = KVCache()
     for piece in (idx[:, :5], idx[:, 5:6], idx[:, 6:9], idx[:, 9:]):
         start = len(cache)
         logits, _ = model(piece, cache=cache)
-        torch.testing.assert_close(logits, full[:, start:len(cache)], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, full[:, start:len(cache)])
     with pytest.raises(ValueError, match="13 tokens exceed block_size=12"):
         model(idx[:, :1], cache=cache)
 
@@ -1263,23 +1355,23 @@ def test_downloaded_source_uses_its_own_validation_file(tmp_path, monkeypatch, s
     assert meta["train_docs"] == 9 and "story 3" in part_text(Path("data/tinystories"), "train")
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training and sampling: the programs themselves, on the text of this folder's own .py files
 
 ROOT = Path(train.__file__).parent
-SMALL = ("--d_model=32 --d_head=16 --n_layer=2 --n_experts=64 --n_channels=4 --top_k=4 --d_key=16 "
-         "--block_size=32 --batch_size=4 --warmup_steps=3 --eval_sequences=6 --log_interval=1 "
-         "--device=cpu").split()
+SMALL = ["--d_model=32", "--d_head=16", "--n_layer=2", "--n_experts=64", "--n_channels=4",
+         "--top_k=4", "--d_key=16", "--block_size=32", "--batch_size=4", "--warmup_steps=3",
+         "--eval_sequences=5", "--log_interval=1", "--device=cpu"]
+TWENTY = ["--steps=20", "--eval_interval=10", "--decay_fraction=0"]
 
 
 def start(program, *args, **env):
-    """Starts a program of this folder; torchrun if it is a number of processes and a program."""
-    count, program = program if isinstance(program, tuple) else (0, program)
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"] if count else []
-    env = os.environ | dict(OMP_NUM_THREADS="1") | env
-    return subprocess.Popen([sys.executable, *torchrun, ROOT / program, *args], env=env, text=True,
-                            encoding="utf-8",
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Starts python on a program, with one thread."""
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | env
+    command = [sys.executable, *map(str, program), *map(str, args)]
+    return subprocess.Popen(command, env=env, text=True, encoding="utf-8",
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def wait_for(process, text):
@@ -1290,38 +1382,65 @@ def wait_for(process, text):
 
 
 def finished(process, code=0):
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == code, out
     return out
 
 
-def run(out_dir, *args):
-    """train.py in this process, with one thread: numbers do not depend on the machine's cores."""
+@contextlib.contextmanager
+def one_thread():
+    """Two threads that share their cores with other programs take ten times as long on such small
+    matrices. And what train.py sets for the whole process is undone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train.main([*args, f"--out_dir={out_dir}"])
+        yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision("highest")
+
+
+def run(out_dir, *args):
+    """train.py in this process, with one thread: numbers do not depend on the machine's cores."""
+    with one_thread():
+        train.main([*args, f"--out_dir={out_dir}"])
     return out_dir
+
+
+def run_in_float64(out_dir, *args):
+    """Rounding differs with the number of processes, and tips routers where scores are all but
+    equal: in float64 there are no such scores."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return run(out_dir, *args)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def load(out_dir):
     return torch.load(out_dir / "ckpt.pt", weights_only=True)
 
 
+def change(out_dir, **changes):
+    torch.save(load(out_dir) | changes, out_dir / "ckpt.pt")
+
+
 def log(out_dir, event):
-    """Entries of one kind; every line is JSON, the settings come first, and no step comes twice."""
+    """Entries of one kind; every line is JSON, the settings come first, no step comes twice."""
     entries = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     keys = [(entry["event"], entry.get("step")) for entry in entries]
-    assert keys[0] == ("config", None) and len(set(keys)) == len(keys)
+    assert keys[0] == ("config", None)
+    assert len(set(keys)) == len(keys)
     return [entry for entry in entries if entry["event"] == event]
 
 
 def assert_same_state(a, b):
     """Two runs reached the same step with the same bits in every parameter and moment."""
-    a, b = load(a), load(b)
-    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    a = load(a)
+    b = load(b)
+    assert a["step"] == b["step"]
+    assert a["model"].keys() == b["model"].keys()
     for name, tensor in a["model"].items():
         assert torch.equal(tensor, b["model"][name]), name
     for key, state in a["optimizer"]["state"].items():
@@ -1329,14 +1448,20 @@ def assert_same_state(a, b):
             assert torch.equal(tensor, b["optimizer"]["state"][key][name]), (key, name)
 
 
-@pytest.fixture
-def one_thread():
-    """Two threads that share their cores with other programs take ten times as long on such small
-    matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def assert_close_runs(a, b):
+    """The same run but for rounding in float64: losses, norms, and the weights at the end."""
+    for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss"), ("eval", "used"),
+                       ("eval", "gini")):
+        for ours, theirs in zip(log(a, event), log(b, event), strict=True):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-8), (ours["step"], key)
+    a = load(a)
+    b = load(b)
+    for name, tensor in a["model"].items():
+        torch.testing.assert_close(tensor, b["model"][name], atol=1e-7, rtol=0)
+    for name, state in a["optimizer"]["state"].items():
+        other = b["optimizer"]["state"][name]
+        assert state["step"] == other["step"]
+        torch.testing.assert_close(state["exp_avg"], other["exp_avg"], atol=1e-9, rtol=1e-7)
 
 
 @pytest.fixture(scope="module")
@@ -1349,42 +1474,57 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """Twenty steps without interruption, which the other runs are compared with."""
-    return run(tmp_path_factory.mktemp("trained"), *SMALL, f"--data_dir={data}", "--steps=20",
-               "--eval_interval=10",
-               "--decay_fraction=0")
+    return run(tmp_path_factory.mktemp("trained"), *SMALL, *TWENTY, f"--data_dir={data}")
 
 
-def test_prepare_train_interrupt_resume_sample(tmp_path):
-    """What a newcomer does, through the command line; the interrupted run equals one that was left alone."""
-    data, out = tmp_path / "data", tmp_path / "out\u00e9"       # which an ASCII terminal cannot show
-    finished(start("prepare_data.py", ROOT / "train.py", ROOT / "model.py", "--vocab_size=300",
-                   f"--out_dir={data}"))
-    args = [*SMALL, f"--data_dir={data}", "--steps=120", "--eval_interval=50", "--learning_rate=5e-3"]
-    process = start("train.py", *args, f"--out_dir={out}")
-    wait_for(process, "step     13/120")
-    process.send_signal(signal.SIGINT)
-    stopped = re.search(r"stopped and saved at step (\d+); to continue: python train.py .* --resume",
-                        finished(process, code=130))
-    assert load(out)["step"] == int(stopped[1]) < 120
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"event": "step", "step": 77}\n{"event": "st')         # what a kill can leave behind
-    printed = finished(start("train.py", "--resume", f"--out_dir={out}", PYTHONIOENCODING="ascii"))
-    assert "A sample:" in printed and f"next:  python sample.py --out_dir={tmp_path}/out?" in printed
+INTERRUPTED = """
+import signal, train
+
+def interrupted(step, cfg, schedule=train.schedule):
+    if step == 13:
+        signal.raise_signal(signal.SIGINT)
+    return schedule(step, cfg)
+
+train.schedule = interrupted
+train.main()
+"""
+
+
+def test_train_interrupt_resume_sample(data, tmp_path):
+    """What a newcomer does, through the command line. The interrupted run equals another."""
+    out = tmp_path / "out\u00e9"        # which an ASCII terminal cannot show
+    args = [*SMALL, f"--data_dir={data}", "--steps=80", "--eval_interval=50",
+            "--learning_rate=5e-3"]
+    printed = finished(start(["-c", INTERRUPTED], *args, f"--out_dir={out}"), code=130)
+    assert "stopped and saved at step 14; to continue: python train.py --out_dir=" in printed
+    assert load(out)["step"] == 14
+    with open(out / "log.jsonl", "a") as file:      # what a kill can leave behind
+        file.write('{"event": "step", "step": 77}\n{"event": "st')
+    resumed = start([ROOT / "train.py"], "--resume", f"--out_dir={out}", PYTHONIOENCODING="ascii")
+    printed = finished(resumed)
+    assert "A sample:" in printed
+    assert f"next:  python sample.py --out_dir={tmp_path}/out?" in printed
     assert_same_state(out, run(tmp_path / "whole", *args))
-    assert [entry["step"] for entry in log(out, "step")] == list(range(1, 121))
+    assert [entry["step"] for entry in log(out, "step")] == list(range(1, 81))
     evals = log(out, "eval")
-    assert [entry["step"] for entry in evals] == [0, 50, 100, 120]
+    assert [entry["step"] for entry in evals] == [0, 50, 80]
     assert {"step", "tokens", "flops", "seconds", "train_loss", "val_loss"} <= evals[-1].keys()
-    assert evals[-1]["tokens"] == 120 * 4 * 32 and evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.5
-    printed = finished(start("sample.py", f"--out_dir={out}", "--prompt=\u00e9", "--temperature=0",
-                             "--num_samples=2",
-                             "--max_new_tokens=40", PYTHONIOENCODING="ascii"))
-    first, second = re.findall(r"--- sample \d\n(\?.*?)\n\[\d+ tokens, \d+ tok/s\]", printed, re.S)
-    assert first == second and first.isascii() and len(first) > 20
+    assert evals[-1]["tokens"] == 80 * 4 * 32
+    assert evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.5
+    printed = finished(start([ROOT / "sample.py"], f"--out_dir={out}", "--prompt=\u00e9",
+                             "--temperature=0", "--num_samples=2", "--max_new_tokens=40",
+                             PYTHONIOENCODING="ascii"))
+    sample_pattern = r"--- sample \d\n(\?.*?)\n\[\d+ tokens, \d+ tok/s\]"
+    first, second = re.findall(sample_pattern, printed, re.S)
+    assert first == second
+    assert first.isascii() and len(first) > 20
 
 
-SAVING = """
-import shutil, train
+# Several runs in the same processes, one an argument with its settings separated by newlines: each
+# keeps a copy of itself at step 10, and says how many bytes of parameters and moments it holds.
+SEVERAL = """
+import shutil, sys, torch, train
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 def save(model, optimizer, cfg, data, progress, before=train.save):
@@ -1393,66 +1533,70 @@ def save(model, optimizer, cfg, data, progress, before=train.save):
     for state in optimizer.state.values():
         held += state.values()
     held = [t.to_local() if isinstance(t, DTensor) else t for t in held]
-    print("holds", sum(t.nbytes for t in held), flush=True)
-    if progress["step"] == 10 and train.dist.get_rank() == 0:
+    if progress["step"] == 20:
+        print(f"{cfg.out_dir} holds {sum(t.nbytes for t in held)}", flush=True)
+    if progress["step"] == 10 and dist.get_rank() == 0:
         shutil.copytree(cfg.out_dir, cfg.out_dir + "-10")
 
+init = dist.init_process_group
+destroy = dist.destroy_process_group
+
+def init_once(backend):
+    if not dist.is_initialized():
+        init(backend)
+
 train.save = save
-train.main()
+dist.init_process_group = init_once
+dist.destroy_process_group = lambda: None       # but for the last run
+torch.set_default_dtype(torch.float64)
+for args in sys.argv[1:]:
+    if args == sys.argv[-1]:
+        dist.destroy_process_group = destroy
+    train.main(args.split("\\n"))
 """
 
 
-def two_processes(folder, *args):
-    """train.py that keeps a copy of the run at step 10. Returns what it prints, and the bytes of
-    parameters and moments that each of the two processes holds at the end."""
-    (folder / "saving.py").write_text(SAVING)
-    printed = finished(start((2, folder / "saving.py"), *args, PYTHONPATH=str(ROOT)))
-    return printed, [int(count) for count in re.findall(r"holds (\d+)", printed)[-2:]]
-
-
-TWENTY = ["--steps=20", "--eval_interval=10", "--decay_fraction=0"]
+@pytest.fixture(scope="module")
+def in_float64(data, tmp_path_factory):
+    """The twenty steps on one process."""
+    out = tmp_path_factory.mktemp("float64")
+    return run_in_float64(out, *SMALL, *TWENTY, f"--data_dir={data}")
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
-    """The twenty steps of `trained` on two processes."""
-    out = tmp_path_factory.mktemp("two") / "out"
-    args = [*SMALL, *TWENTY, f"--data_dir={data}", "--micro_batch_size=1", f"--out_dir={out}"]
-    return out, *two_processes(out.parent, *args)
+    """A folder of runs of the twenty steps on two processes, and what these printed."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "several.py").write_text(SEVERAL)
+    args = [*SMALL, *TWENTY, f"--data_dir={data}"]
+    runs = [[*args, f"--out_dir={folder}/whole", "--micro_batch_size=1"],
+            [*args, f"--out_dir={folder}/sharded", "--shard"],
+            [f"--out_dir={folder}/whole-10", "--resume", "--shard"]]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", folder / "several.py"]
+    return folder, finished(start(torchrun, *map("\n".join, runs)))
 
 
-def assert_close_runs(a, b):
-    """The same run but for rounding: losses, norms and, in the end, weights and moments."""
-    for event, key in (("step", "loss"), ("step", "norm"), ("eval", "val_loss")):
-        ours, theirs = ([entry[key] for entry in log(out, event)] for out in (a, b))
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    a, b = load(a), load(b)
-    for name, tensor in a["model"].items():
-        assert (tensor - b["model"][name]).abs().max() < 1e-4, name
-    for name, state in a["optimizer"]["state"].items():
-        assert state["step"] == b["optimizer"]["state"][name]["step"]
-        assert (state["exp_avg"] - b["optimizer"]["state"][name]["exp_avg"]).abs().max() < 1e-4
+@pytest.mark.parametrize("name", ["whole", "sharded", "whole-10"])
+def test_two_processes_follow_one(name, in_float64, two):
+    """Also sharded, and unsharded until step 10; with an odd number of windows to evaluate."""
+    folder, printed = two
+    assert_close_runs(folder / name, in_float64)
+    assert printed.count("A sample:") == 3          # only one of them prints
 
 
-def test_two_processes_follow_one(trained, two):
-    out, printed, _ = two
-    assert printed.count("step     20/20 | loss") == 1          # only one of them prints
-    assert_close_runs(out, trained)
+def test_sharded_processes_hold_half(two):
+    folder, printed = two
+    whole = [int(n) for n in re.findall(r"/whole holds (\d+)", printed)]
+    shares = [int(n) for n in re.findall(r"/sharded holds (\d+)", printed)]
+    assert len(whole) == len(shares) == 2
+    assert max(shares) < 0.55 * whole[0]
 
 
-def test_sharded_processes_hold_half_and_follow_one(data, trained, two, tmp_path):
-    out, _, whole = two
-    sharded = tmp_path / "sharded"
-    args = [*SMALL, *TWENTY, f"--data_dir={data}", f"--out_dir={sharded}", "--shard"]
-    printed, shares = two_processes(tmp_path, *args)
-    assert max(shares) < 0.55 * whole[0] and "A sample:" in printed
-    assert_close_runs(sharded, trained)
-    # A sharded run goes on unsharded, on one process, and an unsharded one sharded.
-    run(shutil.copytree(f"{sharded}-10", tmp_path / "one"), "--resume", "--no-shard")
-    assert_close_runs(tmp_path / "one", trained)
-    other = shutil.copytree(f"{out}-10", tmp_path / "other")
-    two_processes(tmp_path, "--resume", "--shard", f"--out_dir={other}")
-    assert_close_runs(other, trained)
+def test_a_sharded_run_goes_on_unsharded(in_float64, two, tmp_path):
+    folder, _ = two
+    out = shutil.copytree(folder / "sharded-10", tmp_path / "one")
+    run_in_float64(out, "--resume", "--no-shard")
+    assert_close_runs(out, in_float64)
 
 
 def test_a_checkpoint_of_the_first_edition_goes_on(data, trained, tmp_path):
@@ -1474,33 +1618,40 @@ def test_only_torchrun_makes_several_processes(data, trained, tmp_path, monkeypa
     """What a cluster or another program leaves in the environment does not cut the batch."""
     for name, value in dict(WORLD_SIZE="4", RANK="1", LOCAL_RANK="3").items():
         monkeypatch.setenv(name, value)
-    run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0")
+    run(tmp_path, *SMALL, *TWENTY, f"--data_dir={data}")
     assert_same_state(tmp_path, trained)
 
 
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     first = run(tmp_path / "first", *SMALL, f"--data_dir={data}", "--steps=7", "--eval_interval=3",
                 "--decay_fraction=0")
     out = first.rename(tmp_path / "moved")
     run(out, "--resume", "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
-    assert_same_state(out, trained) and not first.exists()
-    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert_same_state(out, trained)
+    assert not first.exists()
+    assert before == [signal.getsignal(number) for number in numbers]
+
+
+def at_step(monkeypatch, moment, action):
+    """Has train.py call action() at the beginning of a step."""
+    schedule = train.schedule
+
+    def patched(step, cfg):
+        if step == moment:
+            action()
+        return schedule(step, cfg)
+
+    monkeypatch.setattr(train, "schedule", patched)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypatch):
-    schedule = train.schedule
-
-    def signalled(step, cfg):
-        if step == 13:
-            os.kill(os.getpid(), number)
-        return schedule(step, cfg)
-
-    monkeypatch.setattr(train, "schedule", signalled)
-    args = [*SMALL, f"--data_dir={data}", "--steps=20", "--eval_interval=10", "--decay_fraction=0"]
-    with pytest.raises(SystemExit):
-        run(tmp_path, *args)
+    at_step(monkeypatch, 13, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *SMALL, *TWENTY, f"--data_dir={data}")
+    assert stop.value.code == 130
     assert load(tmp_path)["step"] == 14
     monkeypatch.undo()
     run(tmp_path, "--resume")
@@ -1508,30 +1659,33 @@ def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypat
 
 
 def test_nohup_outlives_its_terminal(data, tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(train, "schedule", lambda step, cfg: os.kill(os.getpid(), signal.SIGHUP) or 0.0)
         run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert load(tmp_path)["step"] == 3
 
 
-def test_kill_at_any_moment_leaves_a_checkpoint(data, trained, tmp_path):
+def test_kill_at_any_moment_leaves_a_checkpoint(data, tmp_path):
     """Each step saves, so that some of the kills come while a file is written."""
+    out = tmp_path / "out"
     args = [*SMALL, f"--data_dir={data}", "--steps=1000", "--decay_fraction=0", "--eval_interval=1"]
     resume = []
-    for _ in range(3):
-        process = start("train.py", *args, f"--out_dir={tmp_path}", *resume)
+    for _ in range(2):
+        process = start([ROOT / "train.py"], *args, f"--out_dir={out}", *resume)
         wait_for(process, "| saved ")
-        time.sleep(random.uniform(0, 0.1))
+        time.sleep(random.uniform(0, 0.1))      # wherever it is by then, all below must hold
         process.kill()
         process.communicate()
-        step, resume = load(tmp_path)["step"], ["--resume"]
-    run(tmp_path, "--resume", f"--steps={step + 3}")
-    whole = run(tmp_path / "whole", *args, f"--steps={step + 3}", "--eval_interval=1000")
-    assert_same_state(tmp_path, whole)
-    assert [entry["step"] for entry in log(tmp_path, "eval")] == list(range(step + 4))
+        step = load(out)["step"]
+        resume = ["--resume"]
+    last = f"--steps={step + 3}"
+    run(out, "--resume", last)
+    assert_same_state(out, run(tmp_path / "whole", *args, last, "--eval_interval=1000"))
+    assert [entry["step"] for entry in log(out, "eval")] == list(range(step + 4))
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -1545,25 +1699,31 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
         save_checkpoint(path, dict(step=2))
-    assert torch.load(path) == dict(step=1) and os.listdir(tmp_path) == ["ckpt.pt"]
+    assert torch.load(path) == dict(step=1)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
-    with pytest.raises(SystemExit,
-                       match=r"step \d+: the loss is .*nan.*ckpt.pt holds the last good state") as stop:
-        run(tmp_path, *SMALL, f"--data_dir={data}", "--learning_rate=1e30", "--eval_interval=2",
-            "--steps=50")
+@pytest.mark.parametrize("spoilt, message, saved", [
+    (5, "step 6: the loss is nan, the gradient norm is nan", 4),
+    (3, "step 4: the validation loss is nan", 0)])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(spoilt, message, saved, data, tmp_path,
+                                                      monkeypatch):
+    """A step whose learning rate is not a number spoils the weights."""
+    monkeypatch.setattr(train, "schedule", lambda step, cfg: math.nan if step == spoilt else 1e-3)
+    with pytest.raises(SystemExit, match=f"{message}. .*ckpt.pt holds the last good state"):
+        run(tmp_path, *SMALL, f"--data_dir={data}", "--eval_interval=4", "--steps=50")
     state = load(tmp_path)
-    assert state["step"] <= int(re.search(r"step (\d+)", stop.value.code)[1]) <= 10
+    assert state["step"] == saved
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 @pytest.mark.parametrize("error, hint", [
     (torch.OutOfMemoryError("CUDA out of memory"), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
     (RuntimeError("The server socket has failed to listen on any local network address"), False),
     (torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("CppCompileError"), None), False),
-    (NotImplementedError("no such operator"), False), (ValueError("a bug in the loop"), False)])
+    (NotImplementedError("no such operator"), False),
+    (ValueError("a bug in the loop"), False)])
 def test_bugs_keep_their_tracebacks(error, hint, data, tmp_path, monkeypatch):
     def broken(step, cfg):
         raise error
@@ -1571,85 +1731,148 @@ def test_bugs_keep_their_tracebacks(error, hint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "schedule", broken)
     with pytest.raises(SystemExit if hint else type(error)) as stop:
         run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=3")
-    assert not hint or "out of memory: lower --micro_batch_size" in stop.value.code
+    if hint:
+        assert "out of memory: lower --micro_batch_size" in stop.value.code
 
 
 def fails(capsys, main, *args):
     """The one line with which a program refuses, with exit code 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, one_thread():
         main([str(arg) for arg in args])
-    message = capsys.readouterr().err or f"{stop.value.code}\n"
-    assert message.count("\n") == 1 and stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert stop.value.code == 2
     return message
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--stepss=3", "unrecognized arguments: --stepss=3"), ("--step=3", "unrecognized arguments: --step=3"),
-    ("--steps=1e3", "argument --steps: invalid int value: '1e3'"), ("--steps=0", "steps=0 must be positive"),
+    ("--stepss=3", "unrecognized arguments: --stepss=3"),
+    ("--step=3", "unrecognized arguments: --step=3"),
+    ("--no-fused", "unrecognized arguments: --no-fused"),
+    ("--steps=1e3", "argument --steps: invalid int value: '1e3'"),
+    ("--steps=0", "steps=0 must be positive"),
     ("--learning_rate=nan", "learning_rate=nan must be positive"),
     ("--flops=-1", "flops=-1.0 must be 0 or more"),
-    ("--flops=1e3", "flops=1000 buys no step"), ("--flops=1e9 --steps=5", "both set the steps: give one"),
+    ("--flops=1e3", "flops=1000 buys no step"),
+    ("--flops=1e9 --steps=5", "both set the steps: give one"),
     ("--decay_fraction=2", "decay_fraction=2.0 must lie between"),
-    ("--ffn=foo", "ffn='foo' is none of sgatlin, peer"), ("--dtype=half", "dtype='half' is none of"),
-    ("--n_experts=60", "must be a square for product keys: take 49 or 64"), ("--seed=-1", "seed=-1 must be"),
-    (f"--seed={2**63}", "must be less than"), ("--scale=-2", "no ffn='sgatlin' at scale=-2"),
+    ("--ffn=foo", "ffn='foo' is none of sgatlin, peer"),
+    ("--dtype=half", "dtype='half' is none of"),
+    ("--n_experts=60", "must be a square for product keys: take 49 or 64"),
+    ("--seed=-1", "seed=-1 must be"),
+    (f"--seed={2**63}", "must be less than"),
+    ("--scale=-2", "no ffn='sgatlin' at scale=-2"),
     ("--vocab_size=100", "--vocab_size=100 is less than the 300 of"),
     ("--block_size=10000000", "too few for"),
     ("--data_dir=nowhere", "nowhere/meta.json is missing: python prepare_data.py"),
-    ("--resume --overwrite", "give one"), ("--no-fused", "unrecognized arguments"), ("--shard", "start them with torchrun"),
+    ("--shard", "start them with torchrun"),
+    ("--resume --overwrite", "give one"),
     ("--resume --out_dir=nowhere", "nowhere/ckpt.pt is missing")])
 def test_bad_settings_are_one_line(args, message, data, capsys, tmp_path):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split()]
-    assert message in fails(capsys, train.main, *args) and not (tmp_path / "out").exists()
+    assert message in fails(capsys, train.main, *args)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--temperature=-1", "--temperature=-1.0 must be 0"), ("--top_p=0", "--top_p=0.0 must be above 0"),
-    ("--top_k=-1", "--top_k=-1 must be"), ("--max_new_tokens=0", "--max_new_tokens=0 must be positive"),
-    ("--prompt=FILE:{0}/none", "No such file"), ("--prompt=FILE:{0}/ckpt.pt", "not UTF-8"),
+    ("--temperature=-1", "--temperature=-1.0 must be 0"),
+    ("--top_p=0", "--top_p=0.0 must be above 0"),
+    ("--top_k=-1", "--top_k=-1 must be"),
+    ("--max_new_tokens=0", "--max_new_tokens=0 must be positive"),
+    ("--prompt=FILE:{0}/none", "No such file"),
+    ("--prompt=FILE:{0}/ckpt.pt", "not UTF-8"),
     ("--out_dir=nowhere", "nowhere/ckpt.pt is missing: python train.py makes it")])
 def test_bad_sampling_is_one_line(args, message, trained, capsys):
     assert message in fails(capsys, sample.main, f"--out_dir={trained}", args.format(trained))
+
+
+def in_one_line(text):
+    return " ".join(text.split())
+
+
+def printed_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    return in_one_line(capsys.readouterr().out)
+
+
+def test_help_names_every_setting(capsys, monkeypatch):
+    """With its comment and its default, which need not be the one on a CPU."""
+    monkeypatch.setenv("COLUMNS", "1000")       # narrower, a long word may be cut
+    text = printed_help(capsys)
+    entries = text.split(" --")
+    for field in dataclasses.fields(train.TrainConfig):
+        ours = [e for e in entries if e.startswith((f"{field.name} ", f"no-{field.name} "))]
+        assert len(ours) == 1, field.name
+        assert re.search(rf"[a-z0-9)] \(default: {field.default}[;)]", ours[0]), ours
+    assert "--warmup_steps WARMUP_STEPS of linear rise from 0 (default: 100; on a CPU: 50)" in text
+
+
+@dataclasses.dataclass
+class Uncommented(train.TrainConfig):
+    bare: int = 3
+
+
+def test_a_setting_needs_no_comment(capsys, monkeypatch):
+    monkeypatch.setattr(train, "TrainConfig", Uncommented)
+    assert "--bare BARE (default: 3)" in printed_help(capsys)
 
 
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def edit(path, old, new):
-    path.write_text(re.sub(old, new, path.read_text()))
+def cut_train(folder):
+    truncate(folder / "train.bin")
+
+
+def lose_val(folder):
+    (folder / "val.bin").unlink()
+
+
+def cut_tokenizer(folder):
+    truncate(folder / "tokenizer.tiktoken")
+
+
+def cut_meta(folder):
+    truncate(folder / "meta.json")
+
+
+def change_vocab_size(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | dict(vocab_size=600)))
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda d: truncate(d / "train.bin"), r"train.bin has \d+ bytes, not the \d+ of meta.json"),
-    (lambda d: (d / "val.bin").unlink(), "val.bin is missing: python prepare_data.py"),
-    (lambda d: truncate(d / "tokenizer.tiktoken"), "not, or not both, what prepare_data.py made"),
-    (lambda d: truncate(d / "meta.json"), "not, or not both, what prepare_data.py made"),
-    (lambda d: edit(d / "meta.json", ": 300", ": 600"), "not, or not both, what prepare_data.py made")])
+    (cut_train, r"train.bin has \d+ bytes, not the \d+ of meta.json"),
+    (lose_val, "val.bin is missing: python prepare_data.py"),
+    (cut_tokenizer, "not, or not both, what prepare_data.py made"),
+    (cut_meta, "not, or not both, what prepare_data.py made"),
+    (change_vocab_size, "not, or not both, what prepare_data.py made")])
 def test_damaged_data_is_one_line(damage, message, data, tmp_path, capsys):
     folder = shutil.copytree(data, tmp_path / "data")
     damage(folder)
-    assert re.search(message, fails(capsys, train.main, *SMALL, f"--data_dir={folder}",
-                                    f"--out_dir={tmp_path}/out"))
+    args = [*SMALL, f"--data_dir={folder}", f"--out_dir={tmp_path}/out"]
+    assert re.search(message, fails(capsys, train.main, *args))
 
 
 def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch):
-    folder, schedule = shutil.copytree(data, tmp_path / "data"), train.schedule
+    folder = shutil.copytree(data, tmp_path / "data")
 
-    def replaces_the_data(step, cfg):
-        if step == 5:
-            prepare_data.prepare([str(ROOT / "train.py")], folder, "bytes")
-        return schedule(step, cfg)
+    def replace():
+        prepare_data.prepare([str(ROOT / "train.py")], folder, "bytes")
 
-    monkeypatch.setattr(train, "schedule", replaces_the_data)
-    run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=20", "--eval_interval=10",
-        "--decay_fraction=0")
+    at_step(monkeypatch, 5, replace)
+    run(tmp_path / "out", *SMALL, *TWENTY, f"--data_dir={folder}")
     assert json.loads((folder / "meta.json").read_text())["tokenizer"] == "bytes"
     assert_same_state(tmp_path / "out", trained)
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 0), FP32), ((7, 5), FP32), ((8, 0), BF16), ((12, 0), BF16)])
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 0), torch.float32), ((7, 5), torch.float32), ((8, 0), torch.bfloat16),
+    ((12, 0), torch.bfloat16)])
 def test_bfloat16_only_where_a_gpu_has_it(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -1658,71 +1881,147 @@ def test_bfloat16_only_where_a_gpu_has_it(capability, dtype, monkeypatch):
 
 def test_a_token_beyond_the_vocabulary_is_an_error(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
-    (folder / "val.bin").write_bytes(b"\xff" * (folder / "val.bin").stat().st_size)
+    size = (folder / "val.bin").stat().st_size
+    (folder / "val.bin").write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match="token 65535, beyond vocab_size=300"):
         run(tmp_path / "out", *SMALL, f"--data_dir={folder}", "--steps=3")
 
 
-def change(out_dir, **changes):
-    torch.save(load(out_dir) | changes, out_dir / "ckpt.pt")
+def no_damage(out_dir):
+    pass
+
+
+def lose_checkpoint(out_dir):
+    (out_dir / "ckpt.pt").unlink()
+
+
+def cut_checkpoint(out_dir):
+    truncate(out_dir / "ckpt.pt")
+
+
+def lose_weights(out_dir):
+    change(out_dir, model={})
+
+
+def change_data(out_dir):
+    change(out_dir, data=dict(fingerprint="?"))
 
 
 @pytest.mark.parametrize("damage, args, message", [
-    (lambda d: None, [], "holds a run: --resume continues it, --overwrite starts anew"),
-    (lambda d: (d / "ckpt.pt").unlink(), [],
-     "holds a run: it has no checkpoint yet, --overwrite starts anew"),
-    (lambda d: None, ["--resume", "--d_model=64"], "--d_model=64 contradicts the checkpoint, which has 32"),
-    (lambda d: None, ["--resume", "--steps=19"], "--steps=19: the run in .* is already at 20"),
-    (lambda d: truncate(d / "ckpt.pt"), ["--resume"], "ckpt.pt is not a checkpoint of train.py"),
-    (lambda d: change(d, model={}), ["--resume"], "holds another model"),
-    (lambda d: change(d, data=dict(fingerprint="?")), ["--resume"],
-     "is not the data that .* was trained on")])
+    (no_damage, [], "holds a run: --resume continues it, --overwrite starts anew"),
+    (lose_checkpoint, [], "holds a run: it has no checkpoint yet, --overwrite starts anew"),
+    (no_damage, ["--resume", "--d_model=64"],
+     "--d_model=64 contradicts the checkpoint, which has 32"),
+    (no_damage, ["--resume", "--steps=19"], "--steps=19: the run in .* is already at 20"),
+    (cut_checkpoint, ["--resume"], "ckpt.pt is not a checkpoint of train.py"),
+    (lose_weights, ["--resume"], "holds another model"),
+    (change_data, ["--resume"], "is not the data that .* was trained on")])
 def test_runs_are_not_lost_or_mixed(damage, args, message, data, trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "out")
     damage(out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert re.search(message, fails(capsys, train.main, f"--out_dir={out}", f"--data_dir={data}", *args))
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    if not args:
-        run(out, *SMALL, f"--data_dir={data}", "--overwrite", "--steps=1")
-        assert load(out)["step"] == 1 and len(log(out, "step")) == 1
+    before = files_of(out)
+    args = [f"--out_dir={out}", f"--data_dir={data}", *args]
+    assert re.search(message, fails(capsys, train.main, *args))
+    assert before == files_of(out)
+
+
+def test_overwrite_starts_anew(data, trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    run(out, *SMALL, f"--data_dir={data}", "--overwrite", "--steps=1")
+    assert load(out)["step"] == 1
+    assert len(log(out, "step")) == 1
 
 
 @pytest.mark.parametrize("ffn", FFN)
 def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
     """With as many steps as the budget buys, counted here once more for the MLP."""
-    sizes = [arg for arg in SMALL if ffn != "moe" or not arg.startswith(("--n_experts", "--top_k"))]
+    sizes = SMALL
+    if ffn == "moe":
+        sizes = [arg for arg in SMALL if not arg.startswith(("--n_experts", "--top_k"))]
     run(tmp_path, *sizes, f"--ffn={ffn}", "--d_ff=48", f"--data_dir={data}", "--flops=4e7",
         "--eval_interval=100")
     steps = load(tmp_path)["step"]
-    per_token = 2 * (8 * 32 * 32 + 4 * 32 * 32 + 4 * 32 * 48)       # 2 layers: projections, attention, mlp
-    assert steps == int(4e7 // (3 * 4 * 32 * per_token)) if ffn == "mlp" else steps > 0
+    assert steps > 0
+    if ffn == "mlp":            # 2 layers: projections, attention, mlp
+        per_token = 2 * (8 * 32 * 32 + 4 * 32 * 32 + 4 * 32 * 48)
+        assert steps == int(4e7 // (3 * 4 * 32 * per_token))
     sample.main([f"--out_dir={tmp_path}", "--prompt=def ", "--max_new_tokens=3"])
     assert re.search(r"\[[0-3] tokens, \d+ tok/s\]\n$", capsys.readouterr().out)
 
 
-def test_settings_of_other_layers_are_named(monkeypatch):
+class NewLayer(torch.nn.Linear):
+    """A layer as the README tells to add one; it does not say which settings it reads."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg.d_model, cfg.d_model)
+
+    def flops(self):
+        return 2 * self.weight.numel()
+
+
+def test_a_new_layer_trains_at_once(data, tmp_path, capsys, monkeypatch):
+    """And each step says what share of the peak it reached."""
+    monkeypatch.setitem(FFN, "new", NewLayer)
+    monkeypatch.setattr(train, "matmul_flops", lambda device, dtype: 1e6)
+    run(tmp_path, *SMALL, "--ffn=new", "--top_k=2", f"--data_dir={data}", "--steps=2")
+    assert load(tmp_path)["step"] == 2
+    printed = capsys.readouterr().out
+    assert "changes nothing" not in printed
+    lines = re.findall(r"step      \d/2 \| loss .* ([\d,]+) tok/s \| mfu ([\d.]+)% \|", printed)
+    assert len(lines) == 2
+    flops = 3 * 2 * (8 * 32 * 32 + 4 * 32 * 32 + 2 * 32 * 32)       # of a token; 2 layers
+    for speed, mfu in lines:
+        expected = 100 * flops * int(speed.replace(",", "")) / 1e6
+        assert float(mfu) == pytest.approx(expected, rel=1e-2)
+
+
+def test_settings_of_other_layers_are_named():
     given = dict(d_ff=5, top_k=2, router="key", d_model=32)
     assert train.idle_settings(given, "mlp") == ["top_k", "router"]
     assert train.idle_settings(given, "moe") == ["router"]
     assert train.idle_settings(given, "sgatlin") == ["d_ff"]
-    monkeypatch.setitem(FFN, "new", torch.nn.Linear)                # a layer that does not say what it uses
-    assert train.idle_settings(given, "new") == []
+
+
+def test_usage_is_that_of_the_choices(data, trained):
+    """The log's used and gini against a count over all windows; Gini by its definition."""
+    model, _ = load_model(trained / "ckpt.pt", "cpu")
+    windows = train.Data(data, block_size=32)
+    x, y = windows.windows("val", windows.val_starts(5))
+    chosen = []
+    for block in model.blocks:
+        block.ffn.router.register_forward_hook(lambda router, args, out: chosen.append(out[1]))
+    with one_thread(), torch.no_grad():
+        _, loss = model(x, y)
+    entry = log(trained, "eval")[-1]
+    assert entry["val_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for layer, ids in enumerate(chosen):                            # (N, C, k)
+        load = np.zeros((4, 64))
+        for c in range(4):
+            for neuron in ids[:, c].flatten().tolist():
+                load[c, neuron] += 1
+        load = load.flatten()
+        differences = np.abs(load[:, None] - load[None, :]).mean()
+        assert entry["used"][layer] == pytest.approx((load > 0).mean(), abs=1e-5)
+        assert entry["gini"][layer] == pytest.approx(differences / (2 * load.mean()), abs=1e-5)
 
 
 def test_data_order_is_a_function_of_seed_and_step(data):
     def new(seed):
         return train.Data(data, block_size=32, seed=seed)
 
-    one, steps = new(1), (new(1).n_windows() + 7) // 8
+    one = new(1)
+    n_windows = one.n_windows()
+    steps = math.ceil(n_windows / 8)
     batches = [one.train_starts(step, 8) for step in range(2 * steps)]
-    for step in (steps, 0, 3 * steps // 2):                         # in any order, from a fresh start
+    for step in (steps, 0, 3 * steps // 2):                 # in any order, from a fresh start
         assert np.array_equal(new(1).train_starts(step, 8), batches[step])
         assert not np.array_equal(new(2).train_starts(step, 8), batches[step])
-    epochs = np.split(np.concatenate(batches)[:2 * one.n_windows()], 2)
-    shifts = [np.unique(epoch % 32) for epoch in epochs]
-    assert all(len(shift) == 1 for shift in shifts)                 # an epoch cuts the text once, and
-    assert all(len(np.unique(epoch)) == one.n_windows() for epoch in epochs)    # takes each window once
+    epochs = np.split(np.concatenate(batches)[:2 * n_windows], 2)
+    shifts = []
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == n_windows           # a pass takes each window once
+        assert len(np.unique(epoch % 32)) == 1              # and cuts the text in one way
+        shifts.append(epoch[0] % 32)
     assert shifts[0] != shifts[1]
     tokens = np.fromfile(data / "train.bin", "<u2").astype(np.int64)
     x, y = one.windows("train", batches[0])
@@ -1733,47 +2032,56 @@ def test_data_order_is_a_function_of_seed_and_step(data):
 
 def test_schedule_and_optimizer_are_those_of_the_paper():
     cfg = train.TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
-    golden = {0: 0.0, 1: 9.999959729611874e-06, 50: 0.0005000000237487257, 99: 0.0009900000877678394,
-              100: 0.0010000000474974513, 799: 0.0010000000474974513, 800: 0.0010000000474974513,
-              801: 0.0009292893810197711, 850: 0.0005000000237487257, 900: 0.00029289323720149696,
-              999: 2.5031567929545417e-06, 1000: 0.0}
+    golden = {0: 0.0, 1: 9.999959729611874e-06, 50: 0.0005000000237487257,
+              99: 0.0009900000877678394, 100: 0.0010000000474974513, 799: 0.0010000000474974513,
+              800: 0.0010000000474974513, 801: 0.0009292893810197711, 850: 0.0005000000237487257,
+              900: 0.00029289323720149696, 999: 2.5031567929545417e-06, 1000: 0.0}
     for step, lr in golden.items():
         assert train.schedule(step, cfg) == pytest.approx(lr, abs=1e-8)
     model = GPT(GPTConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, ffn="swiglu"))
-    decayed = {id(p): group["weight_decay"] for group in train.make_optimizer(model, cfg).param_groups
-               for p in group["params"]}
+    decayed = {}
+    for group in train.make_optimizer(model, cfg).param_groups:
+        for p in group["params"]:
+            decayed[id(p)] = group["weight_decay"]
     for name, p in model.named_parameters():
         assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
 
 
-def test_sampling_equals_the_full_forward_and_slides(trained, one_thread):
+@one_thread()
+def test_sampling_equals_the_full_forward_and_slides(trained):
     """Greedy tokens from the cache are those of a model without one, also beyond block_size.
 
-    With an MLP: rounding can tip a router between two neurons of all but equal score, and then the texts
-    part."""
+    In float64: rounding can tip the choice between two tokens of all but equal score.
+    """
     encoding = prepare_data.load_tokenizer(**load(trained)["tokenizer"])
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=300, block_size=32, d_model=32, d_head=16, n_layer=2, ffn="mlp"))
+    model = GPT(GPTConfig(vocab_size=300, block_size=32, d_model=32, d_head=16, n_layer=2,
+                          ffn="mlp")).double()
     prompt = encoding.encode("def forward(self, x):")
-    context, truth = prompt[-32:], []
+    context = prompt[-32:]
+    truth = []
     for _ in range(80):
-        context = context[-16:] if len(context) > 32 else context       # a full context keeps its last half
-        truth.append(int(model(torch.tensor([context]))[0][0, -1, :300].argmax()))
+        if len(context) > 32:
+            context = context[-16:]                 # a full context keeps its last half
+        logits, _ = model(torch.tensor([context]))
+        truth.append(int(logits[0, -1, :300].argmax()))
         context = context + truth[-1:]
-    greedy = list(model.generate(prompt, 80, temperature=0, vocab_size=300))
-    assert greedy == truth
+    assert list(model.generate(prompt, 80, temperature=0, vocab_size=300)) == truth
     generator = torch.Generator().manual_seed(0)
-    for cut in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
-        assert list(model.generate(prompt, 80, vocab_size=300, generator=generator, **cut)) == greedy
-    texts = ["".join(stream(model, encoding, "x" * 500, 40,
-                                   generator=torch.Generator().manual_seed(seed)))
-             for seed in (1, 1, 2)]
+    for cut in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-6)):
+        drawn = model.generate(prompt, 80, vocab_size=300, generator=generator, **cut)
+        assert list(drawn) == truth
+    texts = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        texts.append("".join(stream(model, encoding, "x" * 500, 40, generator=generator)))
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_prompt_may_end_within_a_token(trained):
     """The blank of "def " belongs to the word that follows: the greedy text is that of "def"."""
     model, state = load_model(trained / "ckpt.pt", "cpu")
+    model.double()          # the cache rounds otherwise, which could tip a choice
     encoding = prepare_data.load_tokenizer(**state["tokenizer"])
     for prompt in ("def ", "class", "x = sel"):
         tokens = encoding.encode(prompt)
@@ -1783,12 +2091,16 @@ def test_prompt_may_end_within_a_token(trained):
         texts = map(encoding.decode_single_token_bytes, order)
         best = next(text for text in texts if text.startswith(last))
         pieces = list(stream(model, encoding, prompt, 1, temperature=0))
-        assert "".join(pieces).encode() == best[len(last):]
+        assert "".join(pieces) == best[len(last):].decode(errors="replace")
 
 
-def test_prompt_file_is_read_as_it_was_trained_on(tmp_path):
-    (tmp_path / "x.txt").write_bytes("\ufeffone\r\ntwo\u00e9\n".encode())
-    assert sample.read_prompt(f"FILE:{tmp_path}/x.txt") == "one\r\ntwo\u00e9\n"
+@pytest.mark.parametrize("name, written, text", [
+    ("a.txt", "\ufeffone\r\ntwo\u00e9\n".encode(), "one\r\ntwo\u00e9\n"),
+    ("b.py", "# coding: latin-1\r\n'\u00e9'\r\n".encode("latin-1"),
+     "# coding: latin-1\r\n'\u00e9'\r\n")])
+def test_prompt_file_is_read_as_it_was_trained_on(name, written, text, tmp_path):
+    (tmp_path / name).write_bytes(written)
+    assert sample.read_prompt(f"FILE:{tmp_path / name}") == text
 
 
 def test_stream_ends_at_endoftext_and_prints_whole_characters():
@@ -1797,7 +2109,8 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
 
     class Fixed:
         def generate(self, tokens, max_new_tokens, vocab_size):
-            assert tokens == [256] and vocab_size == 257            # an empty prompt starts a document
+            assert tokens == [256]                  # an empty prompt starts a document
+            assert vocab_size == 257
             yield from "\u00e9\U0001f389".encode() + b"\xf0\x9f" + b"a\xe2\x82"
             yield from (256, 98)
 

@@ -542,14 +542,20 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, autocast: contextlib.Abst
     starts = data.val_starts(cfg.eval_sequences)
     mine = starts[rank::world]
     total = torch.zeros((), dtype=torch.float64, device=device)
+    size = cfg.micro_batch_size
     with count_choices(model) as counts:
-        # As many forward passes on every process, for a sharded model needs all of them in each.
-        for i in range(0, math.ceil(len(starts) / world), cfg.micro_batch_size):
-            part = mine[i:i + cfg.micro_batch_size]
-            x, y = data.windows("val", part if len(part) else starts[:1])
+        for i in range(0, len(mine), size):
+            part = mine[i:i + size]
+            x, y = data.windows("val", part)
             with autocast:
                 _, loss = model(x.to(device), y.to(device))
             total += loss.double() * len(part)
+    # A sharded model needs all processes in each forward pass, also those that have none left.
+    most = math.ceil(len(starts) / world)
+    if math.ceil(len(mine) / size) < math.ceil(most / size):
+        x, _ = data.windows("val", starts[:1])
+        with autocast:
+            model(x.to(device))
     val_loss = sum_over_processes(total).item() / len(starts)
     bits = val_loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
     result = dict(val_loss=val_loss, val_bits_per_byte=bits)
