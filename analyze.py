@@ -108,6 +108,7 @@ class Section:
     text: str
     tables: list[Table] = field(default_factory=list)
     figures: list = field(default_factory=list)
+    explorer: str = ""      # HTML to click, which PAGE_SCRIPT brings to life
 
 
 def cell(value) -> str:
@@ -149,6 +150,16 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f
            "#17becf", "#d4b400", "#7fd87f", "#0b2f8c", "#aaaaaa")
 
 
+WHITE_EDGE = ", ".join(f"{x}px {y}px 2px #fff" for x in (-1, 1) for y in (-1, 1))     # of letters
+
+
+def figure_html(figure) -> str:
+    """A chart as HTML, for a page that has plotly.js in it."""
+    figure.update_layout(template="plotly_white")
+    return figure.to_html(full_html=False, include_plotlyjs=False,
+                          config=dict(responsive=True, displayModeBar=False))
+
+
 def bar_chart(title: str, bars: dict[str, dict[str, Estimate]], height: int = 360):
     """Groups of bars: {name in the legend: {place on the x axis: Estimate}}."""
     figure = go.Figure(layout=dict(title=title, height=height, barmode="group"))
@@ -182,20 +193,258 @@ def line_charts(title: str, axes: list[tuple[str, str]], lines: dict[str, list[t
 # --------------------------------------------------------------------------------------------------
 # the page: sections as one HTML file that loads nothing
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }
-h2 { margin-top: 2.5em; border-top: 1px solid #ddd; padding-top: 1em }
-p { max-width: 52em } nav a { margin-right: 1.2em } mark { background: #ffe08a }
-input { float: right; padding: 3px 8px; width: 20em } .table { max-height: 460px; overflow: auto }
+PAGE_STYLE = """
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f6f7f9; margin: 0 auto;
+       max-width: 1400px; padding: 0 20px 60px }
+h1 { font-size: 21px; margin: 16px 0 2px } h2 { font-size: 22px; margin: 48px 0 8px }
+h3 { font-size: 14px; margin: 16px 0 4px } p { max-width: 56em; margin: 4px 0 12px }
+.lead { max-width: none }
+nav a { margin-right: 1.2em } a { color: #1d5fc4 }
+mark { background: #ffe08a; border-radius: 2px } .quiet { color: #667180; font-size: 13px }
+.explorer { display: grid; gap: 14px;
+            grid-template: "passage panel" auto "map panel" 1fr / minmax(0, 3fr) minmax(0, 2fr) }
+.box { background: #fff; border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px }
+#reading { grid-area: passage } #mapping { grid-area: map }
+#panel { grid-area: panel; position: sticky; top: 12px; max-height: calc(100vh - 24px);
+         overflow: auto; overscroll-behavior: contain; align-self: start; min-height: 60vh }
+#passage { font-size: 18px; line-height: 1.65; margin: 0 0 6px; white-space: pre-wrap }
+#passage span { cursor: pointer; border-radius: 3px; padding: 2px 0 }
+#passage span:hover { outline: 1px solid #8a96a6 }
+#passage .chosen, #passage span:focus { outline: 2px solid #1c2430 }
+select, #views button { font: inherit; font-size: 14px; padding: 2px 8px; border-radius: 5px;
+                        border: 1px solid #b9c1cb; background: #fff; cursor: pointer }
+#views button[aria-pressed=true] { background: #1c2430; color: #fff }
+#map { height: 680px !important }
+.controls { display: flex; gap: 8px; flex-wrap: wrap; align-items: center; margin-bottom: 8px }
+.row { display: flex; gap: 10px; padding: 3px 0; border-bottom: 1px solid #eef0f3;
+       font-size: 14px; line-height: 1.35 }
+.row > :first-child { flex: 0 0 3.2em; text-align: right; font-variant-numeric: tabular-nums }
+.excerpt { white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer }
+summary.row:hover { background: #f3f5f8 } details[open] > summary { font-weight: 600 }
+.card { border-left: 3px solid #b9c1cb; margin: 4px 0 12px 8px; padding-left: 12px }
+.word { display: inline-block; background: #eef1f5; border-radius: 4px; padding: 0 6px;
+        margin: 0 4px 3px 0; font-size: 13px; white-space: pre }
+.bars { display: flex; align-items: flex-end; height: 40px; gap: 1px; max-width: 300px }
+.bars i { flex: 1; background: #7c9cc9; min-height: 1px }
+.search { float: right; padding: 3px 8px; width: 20em; max-width: 100% }
+.table { max-height: 460px; overflow: auto; background: #fff; clear: both }
 table { border-collapse: collapse; font: 13px/1.5 ui-monospace, monospace; width: 100% }
-th { position: sticky; top: 0; background: #f0f0f0; text-align: left }
+th { position: sticky; top: 0; background: #e9ecf0; text-align: left }
 td, th { padding: 3px 10px; border-bottom: 1px solid #eee; white-space: pre-wrap }
+@media (max-width: 900px) {
+  body { padding: 0 8px 40px }
+  .explorer { grid-template: "passage" "panel" "map" / minmax(0, 1fr) }
+  #panel { position: static; max-height: 75vh; min-height: 0; overscroll-behavior: auto }
+  #map { height: 620px !important }
+}
 """
-SEARCH = """
-for (const box of document.querySelectorAll("input")) box.addEventListener("input", () => {
+PAGE_SCRIPT = r"""
+"use strict";
+
+// A search box hides the rows of its table that lack its text.
+for (const box of document.querySelectorAll(".search")) box.addEventListener("input", () => {
   for (const row of box.parentElement.querySelector("tbody").rows)
     row.hidden = !row.textContent.toLowerCase().includes(box.value.toLowerCase());
 });
+
+// The map: a button for each view. layout.meta.views holds [label, traces, layout] of each.
+const map = document.getElementById("map");
+function showView(label) {
+  const view = map.layout.meta.views.find(view => view[0] === label);
+  Plotly.update(map, view[1], view[2]);
+  for (const button of document.querySelectorAll("#views button"))
+    button.setAttribute("aria-pressed", button.textContent === label);
+}
+if (map) {
+  for (const [label] of map.layout.meta.views) {
+    const button = make("button", "", label);
+    button.addEventListener("click", () => showView(label));
+    document.getElementById("views").append(button, " ");
+  }
+  showView(map.layout.meta.first);
+  // A finger that drags scrolls the page.
+  if (matchMedia("(pointer: coarse)").matches) Plotly.relayout(map, { dragmode: false });
+}
+
+function make(tag, className, ...children) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.append(...children);
+  return element;
+}
+
+// The explorer: a token of the passage, or a point of the map, and all that is known of it.
+function explore(data) {
+  const passage = document.getElementById("passage");
+  const details = document.getElementById("details");
+  const layer = document.getElementById("layer");
+  const channel = document.getElementById("channel");     // 0 is all of them
+  const decoder = new TextDecoder();
+  let shown = null;         // what the panel shows
+
+  function text(tokens) {   // a vocabulary entry has a character for each byte
+    const bytes = tokens.map(token => data.vocabulary[token]).join("");
+    return decoder.decode(Uint8Array.from(bytes, letter => letter.charCodeAt(0)))
+      .replaceAll("\r", "").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/  +/g, "  ");
+  }
+  const word = token => text([token]).replaceAll(" ", "·");
+  const neuron = row => Math.floor(row / data.E) + ":" + row % data.E;
+  const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+
+  function marked(before, token, after) {       // a blank before the token is not marked
+    const blank = token.trim() && token.startsWith(" ") ? " " : "";
+    return make("div", "excerpt", before.trimStart() + blank,
+                make("mark", "", token.slice(blank.length)), after);
+  }
+  function excerpt(tokens, at, start, end) {
+    return marked(text(tokens.slice(Math.max(start, at - 7), at)), text([tokens[at]]),
+                  text(tokens.slice(at + 1, Math.min(at + 5, end))));
+  }
+  function recordedExcerpt(place) {     // within its window
+    const start = place - place % data.T;
+    return excerpt(data.recorded, place, start, start + data.T);
+  }
+  function expected(next) {
+    return make("div", "quiet", next.map(([token, p]) => word(token) + " " + p.toFixed(2))
+                                    .join("  "));
+  }
+  function words(title, pairs) {
+    return make("div", "", make("span", "quiet", title + " "),
+                ...pairs.map(([name, value]) => make("span", "word", name + " " + signed(value))));
+  }
+
+  function card(of) {
+    const most = Math.max(1, ...of.scores.map(bar => bar[1]));
+    const bars = of.scores.map(([edge, count]) => {
+      const bar = make("i", "");
+      bar.style.height = 100 * count / most + "%";
+      bar.title = "from " + edge + ": " + count;
+      return bar;
+    });
+    const rows = of.excerpts.map(([product, shownText, next]) => {
+      const [, before, token, after] = shownText.match(/^(.*?)»(.*)«(.*?)$/s);
+      return make("div", "row", make("span", "", signed(product)),
+                  make("div", "", marked(before, token, after), make("div", "quiet", next)));
+    });
+    const first = of.scores[0][0], last = of.scores[of.scores.length - 1][0];
+    return make("div", "card",
+      make("div", "quiet", (100 * of.use).toFixed(1) + " % of tokens choose it; their gates, " +
+           first.toFixed(1) + " to " + last.toFixed(1) + ":"), make("div", "bars", ...bars),
+      words("promotes", of.promotes), words("suppresses", of.suppresses),
+      words("reads", of.reads), make("div", "quiet", "Where gate × reading is largest; where " +
+      "that is negative, it promotes what it otherwise suppresses:"), ...rows);
+  }
+  // A neuron that adds product * w_out. Its card is made when it is opened.
+  function neuronRow(value, label, atLayer, row, product) {
+    const of = data.cards[atLayer + " " + row];
+    const line = [make("span", "", signed(value)), make("span", "excerpt", label)];
+    if (!of) return make("div", "row", ...line);
+    const writes = product < 0 ? of.suppresses : of.promotes;
+    line[1].append(make("span", "quiet", "  " + writes.slice(0, 5).map(p => p[0]).join(" ")));
+    const element = make("details", "", make("summary", "row", ...line));
+    element.addEventListener("toggle", () => {
+      if (element.children.length === 1) element.append(card(of));
+    });
+    return element;
+  }
+
+  function render() {
+    const l = Number(layer.value), c = Number(channel.value);
+    const near = shown.near[l][c] || shown.near[l][0];
+    const of = shown.near[l][c] ? channel.selectedOptions[0].text : "channels of the map";
+    const neurons = shown.neurons[l].filter(([row]) => !c || Math.floor(row / data.E) === c - 1);
+    const why = shown.explained;
+    const next = shown.next.map(([token, p]) => make("span", "word", `${word(token)} ${p}`));
+    const parts = [shown.excerpt(), make("div", "", make("span", "quiet", "next: "), ...next)];
+    parts.push(make("h3", "", `Nearest circuits, layer ${l}, ${of}`));
+    for (const [place, distance] of near)
+      parts.push(make("div", "row", make("span", "quiet", distance.toFixed(2)),
+        make("div", "", recordedExcerpt(place), expected(data.next[place]))));
+    parts.push(make("h3", "", `Its neurons in layer ${l}`), make("div", "quiet",
+      "Gate × reading, channel:neuron, and the tokens it promotes here. Open one."));
+    for (const [row, product] of neurons.slice(0, 8))
+      parts.push(neuronRow(product, neuron(row), l, row, product));
+    if (why) {
+      parts.push(make("h3", "", `What carries “${word(why.target)}”`), make("div", "quiet",
+        "Neurons that add most to its logit: share, layer, at which token, channel:neuron."));
+      for (const [atLayer, at, row, share, product] of why.neurons)
+        parts.push(neuronRow(share, `${atLayer}  ${word(data.passage[at])}  ${neuron(row)}`,
+                             atLayer, row, product));
+    }
+    details.replaceChildren(...parts);
+    const shares = why ? why.shares : [];
+    const largest = Math.max(...shares.map(Math.abs));
+    [...passage.children].forEach((token, i) => {
+      const known = i < shares.length;
+      const strength = known ? 0.7 * Math.sqrt(Math.abs(shares[i]) / largest) : 0;
+      token.style.background = `rgba(${shares[i] < 0 ? "245,120,20" : "50,130,245"},${strength})`;
+      token.title = known ? signed(shares[i]) : "";
+    });
+    document.getElementById("legend").textContent = why ?
+      `Shaded: what each token adds to the logit of “${word(why.target)}”, blue for it, ` +
+      `orange against it; they add up to ${signed(why.logit)} over the mean logit.` : "";
+  }
+
+  function show(item) {
+    shown = item;
+    details.parentElement.scrollTop = 0;
+    render();
+  }
+  function choose(i) {      // a token of the passage
+    for (const token of passage.children) {
+      const chosen = token === passage.children[i];
+      token.classList.toggle("chosen", chosen);
+      token.setAttribute("aria-pressed", chosen);
+      token.tabIndex = chosen ? 0 : -1;
+    }
+    show({ near: data.near.map(channels => channels.map(tokens => tokens[i])),
+           neurons: data.neurons.map(tokens => tokens[i]), next: data.expected[i],
+           explained: data.explained[i],
+           excerpt: () => excerpt(data.passage, i, 0, data.passage.length) });
+  }
+
+  data.passage.forEach((token, i) => {
+    const element = make("span", "", i ? text([token]).replaceAll("⏎", "⏎\n") : "▸");
+    element.setAttribute("role", "button");
+    element.addEventListener("click", () => choose(i));
+    passage.append(element);
+  });
+  passage.addEventListener("keydown", event => {
+    const at = [...passage.children].indexOf(document.activeElement);
+    const last = data.passage.length - 1;
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: last, Enter: at,
+                 " ": at }[event.key];
+    if (to === undefined || to < 0 || to > last) return;
+    event.preventDefault();
+    passage.children[to].focus();
+    choose(to);
+  });
+  layer.addEventListener("change", () => {
+    if (map) showView("layer " + layer.value);
+    render();
+  });
+  channel.addEventListener("change", render);
+  if (map) {
+    map.on("plotly_click", event => {
+      const place = event.points[0].customdata;
+      const { near, neurons } = data.points[place];
+      passage.querySelector(".chosen")?.classList.remove("chosen");
+      show({ near: near.map(pairs => [pairs]), neurons, explained: null,
+             next: data.next[place], excerpt: () => recordedExcerpt(place) });
+    });
+    document.getElementById("views").addEventListener("click", event => {
+      const label = event.target.textContent.match(/layer (\d+)/);
+      if (label) layer.value = label[1];
+      render();
+    });
+  }
+  layer.value = data.layer;
+  channel.value = data.channel;
+  choose(data.start);
+}
+const data = document.getElementById("data");
+if (data) explore(JSON.parse(data.textContent));
 """
 
 
@@ -206,27 +455,37 @@ def table_html(table: Table) -> str:
         cells = "".join(f"<td>{html.escape(cell(value))}</td>" for value in row)
         lines.append(f"<tr>{cells}</tr>")
     body = "\n".join(lines).replace("»", "<mark>").replace("«", "</mark>")
-    return (f'<div><input placeholder="search"><h4>{html.escape(table.caption)}</h4>'
+    caption = html.escape(table.caption)
+    return (f'<div><input class="search" placeholder="search" aria-label="search in: {caption}">'
+            f"<h4>{caption}</h4>"
             f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
             "</div></div>")
 
 
 def page(title: str, sections: list[Section]) -> str:
-    """The report as one HTML page, with plotly.js in it."""
-    links = []
-    body = []
-    for number, section in enumerate(sections):
-        name = html.escape(section.title)
-        links.append(f'<a href="#s{number}">{name}</a>')
-        body.append(f'<h2 id="s{number}">{name}</h2><p>{html.escape(section.text)}</p>')
-        for figure in section.figures:
-            body.append(figure.to_html(full_html=False, include_plotlyjs=False))
-        body += [table_html(table) for table in section.tables]
+    """The report as one HTML page, with plotly.js in it if it is installed: what can be clicked and
+    the charts, then the tables, and then the last section, whole."""
+    pictures = []
+    tables = []
+    last = []
+    for section in sections:
+        lead = f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
+        figures = [figure_html(figure) for figure in section.figures]
+        own_tables = [table_html(table) for table in section.tables]
+        if section is sections[-1]:
+            last = [section.explorer or lead, *figures, *own_tables]
+        else:
+            pictures += [section.explorer or lead, *figures]
+            tables += own_tables
+    if tables:
+        tables.insert(0, "<h2>Tables</h2>")
+    plotly = f"<script>{get_plotlyjs()}</script>" if go else ""
     return "\n".join([
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title><style>{STYLE}</style>",
-        f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>",
-        f"<nav>{' '.join(links)}</nav>", *body, f"<script>{SEARCH}</script></body></html>"])
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title>",
+        f"<style>{PAGE_STYLE}</style>{plotly}</head><body><h1>{html.escape(title)}</h1>",
+        *pictures, *tables, *last, f"<script>{PAGE_SCRIPT}</script></body></html>"])
 
 
 def write(path: Path, text: str) -> None:
@@ -244,12 +503,11 @@ def check_writable(folder: Path) -> None:
 
 
 def write_results(out_dir: Path, command: str, sections: list[Section]) -> None:
-    """COMMAND.json: {title: [text, tables]}; with plotly also COMMAND.html."""
+    """COMMAND.json: {title: [text, tables]}, and COMMAND.html."""
     content = {section.title: [section.text, section.tables] for section in sections}
     out_dir.mkdir(parents=True, exist_ok=True)
     write(out_dir / f"{command}.json", json.dumps(content, ensure_ascii=False))
-    if go:
-        write(out_dir / f"{command}.html", page(f"sgatlin: {command} of {out_dir}", sections))
+    write(out_dir / f"{command}.html", page(f"sgatlin: {command} of {out_dir}", sections))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,12 +685,22 @@ def pick(name: str, value: int | None, count: int, default: int | None) -> int |
     return value
 
 
+PASSAGE = 64        # tokens
+
+
 def prompt_tokens(run: Run, prompt: str | None) -> list[int]:
-    """<|endoftext|> and the tokens of --prompt, text or FILE:path; without one, a passage of the
-    recorded text. Raises Mistake for no tokens, or more than the model takes."""
+    """<|endoftext|> and the tokens of --prompt, text or FILE:path; without one, of the beginning of
+    a validation document. Raises Mistake for no tokens, or more than the model takes."""
     if prompt is None:
-        windows, _ = run.validation()
-        return windows[len(windows) // 2, :24].tolist()
+        text = run.data.tokens("val")
+        text = np.asarray(text[len(text) // 2:][:2**20])
+        start = 0
+        for end, following in itertools.pairwise(np.flatnonzero(text == run.encoding.eot_token)):
+            if following - end > PASSAGE:
+                start = end + 1
+                break
+        length = min(PASSAGE, run.cfg.block_size - 1)
+        return [run.encoding.eot_token, *text[start:start + length].tolist()]
     text = prompt
     if prompt.startswith("FILE:"):
         try:
@@ -517,16 +785,9 @@ def find_neighbors(run: Run, queries: Circuits, own: Tensor, layer: int,
     return found
 
 
-def neighbors_section(run: Run, layer: int, channel: int | None, prompt: str | None) -> Section:
-    """The circuits nearest to those of a prompt, or of a passage of the recorded text."""
-    W, T = run.trained.tokens.shape
-    if prompt is None:
-        source = run.trained
-        places = W // 2 * T + T // 2 + torch.arange(min(24, T // 2))    # a passage in the middle
-    else:
-        tokens = prompt_tokens(run, prompt)
-        source = record(run.model, torch.tensor([tokens]), "the prompt")
-        places = torch.arange(1, len(tokens))
+def neighbors_section(run: Run, source: Recording, layer: int, channel: int | None) -> Section:
+    """The circuits nearest to those of a passage."""
+    places = torch.arange(1, source.tokens.size)
     queries = source.circuits(layer, channel).at(places)
     own = contexts_of(source.tokens)[places]
     rows = []
@@ -548,7 +809,9 @@ def neighbors_section(run: Run, layer: int, channel: int | None, prompt: str | N
 def run_neighbors(args: argparse.Namespace) -> list[Section]:
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
-    return [neighbors_section(run, layer, channel, args.prompt)]
+    tokens = prompt_tokens(run, args.prompt)
+    source = record(run.model, torch.tensor([tokens]), "the prompt")
+    return [neighbors_section(run, source, layer, channel)]
 
 
 def add_neighbors(commands) -> None:
@@ -736,53 +999,87 @@ def circuit_map(run: Run, layer: int, channel: int | None,
 def map_section(run: Run, layer: int, channel: int | None, classes: Classes,
                 umap: Callable | None, note: str) -> Section:
     places, views = circuit_map(run, layer, channel, umap)
-    figures = [draw_map(run, places, views, classes)] if go else []
-    return Section(
-        "Map", f"{'UMAP' if umap else 'PCA'} of {len(places)} circuits ({channel_name(channel)}): "
-        "at most 10, at random, of each of the 100 most frequent tokens. Near points have like "
-        "gates. A word stands in the middle of its points; point at one to see its text and what "
-        f"the model expects next; click a class to hide it, twice to see it alone.{note}",
-        figures=figures)
+    drawn = draw_map(run, places, views, classes) if go else ""
+    text = map_text(len(places), channel, umap, note)
+    return Section("Map", text, explorer=f"<p>{html.escape(text)}</p>{drawn}")
 
 
-def draw_map(run: Run, places: list[int], views: dict[str, np.ndarray], classes: Classes):
-    """One chart with a button for each view; its axes fit the middle 98 % of the points."""
+def map_text(points: int, channel: int | None, umap: Callable | None, note: str) -> str:
+    return (
+        f"Map: {'UMAP' if umap else 'PCA'} of {points} circuits ({channel_name(channel)}), at most "
+        "10, at random, of each of the 100 most frequent tokens. Near points have like gates, and "
+        "colours are classes of tokens that occur in like contexts. A word stands at a point in "
+        "the middle of its own. Drag to see those outside; click a class to hide it, twice to see "
+        f"it alone. Untrained: the same before the first step, a control.{note}")
+
+
+def plotly_text(text: str) -> str:
+    """Text for plotly, which reads tags in it, but not all entities."""
+    return html.escape(text, quote=False)
+
+
+def label_places(xy: np.ndarray, tokens: np.ndarray, low: np.ndarray,
+                 high: np.ndarray) -> list[int]:
+    """The points (M, 2) at which their tokens' names stand: of each token the one that is nearest
+    to its others, unless it would cover the name of a more frequent token."""
+    taken = []
+    chosen = []
+    for token in dict.fromkeys(tokens.tolist()):        # the most frequent first
+        own = np.flatnonzero(tokens == token)
+        distances = np.linalg.norm(xy[own, None] - xy[own], axis=-1).sum(1)
+        middle = own[distances.argmin()]
+        spot = (xy[middle] - low) / (high - low)        # in the part that is seen, 0 to 1
+        if all(abs(spot[0] - x) > 0.08 or abs(spot[1] - y) > 0.032 for x, y in taken):
+            taken.append(spot)
+            chosen.append(int(middle))
+    return chosen
+
+
+def draw_map(run: Run, places: list[int], views: dict[str, np.ndarray], classes: Classes) -> str:
+    """One chart as HTML, which PAGE_SCRIPT gives a button for each view. Its axes fit the middle
+    90 % of the points."""
     tokens = run.trained.tokens.ravel()[places]
     label = classes.of_token[tokens]
-    distinct = np.unique(tokens)
     members = [np.flatnonzero(label == c) for c in np.unique(label)]
     hover = []
     for place in places:
         text = run.excerpt(run.trained.tokens, place)
         expected = run.predictions(run.trained, place)
-        hover.append(html.escape(text) + "<br>next: " + html.escape(expected))
-    figure = go.Figure(layout=dict(height=760, title=next(iter(views))))
+        hover.append(plotly_text(text) + "<br>next: " + plotly_text(expected))
+    figure = go.Figure(layout=dict(
+        template="plotly_white", margin=dict(l=0, r=0, t=32, b=0), clickmode="event+select",
+        dragmode="pan", legend=dict(orientation="h", y=0, yanchor="top", font=dict(size=11),
+                                    entrywidth=0.49, entrywidthmode="fraction")))
     for chosen, c in zip(members, np.unique(label)):
-        figure.add_scatter(mode="markers", name=classes.names[c], hoverinfo="text",
+        figure.add_scatter(mode="markers", name=plotly_text(classes.names[c]), hoverinfo="text",
                            hovertext=[hover[m] for m in chosen],
-                           marker=dict(size=6, opacity=0.7, color=COLOURS[c % len(COLOURS)]))
-    figure.add_scatter(mode="text", text=[html.escape(run.name(token)) for token in distinct],
-                       textfont=dict(size=11), hoverinfo="skip", name="words")
-    buttons = []
+                           customdata=[places[m] for m in chosen],
+                           marker=dict(size=7, opacity=0.6, color=COLOURS[c]),
+                           selected=dict(marker=dict(size=18, opacity=1)),
+                           unselected=dict(marker=dict(opacity=0.6)))
+    figure.add_scatter(mode="text", hoverinfo="skip", showlegend=False,
+                       textfont=dict(size=13, color="#111", shadow=WHITE_EDGE),
+                       unselected=dict(textfont=dict(color="#111")))
+    described = []
     for title, xy in views.items():
-        middles = np.stack([np.median(xy[tokens == token], axis=0) for token in distinct])
-        points = [*(xy[chosen] for chosen in members), middles]     # of each trace
-        low, high = np.percentile(xy, [1, 99], axis=0)
-        margin = 0.1 * (high - low)
-        traces = dict(x=[part[:, 0].tolist() for part in points],
-                      y=[part[:, 1].tolist() for part in points])
-        layout = {"title.text": title,
-                  "xaxis.range": [low[0] - margin[0], high[0] + margin[0]],
-                  "yaxis.range": [low[1] - margin[1], high[1] + margin[1]]}
-        buttons.append(dict(label=title, method="update", args=[traces, layout]))
-    traces, layout = buttons[0]["args"]
-    for trace, x, y in zip(figure.data, traces["x"], traces["y"]):
-        trace.update(x=x, y=y)
-    figure.update_xaxes(range=layout["xaxis.range"], showticklabels=False, zeroline=False)
-    figure.update_yaxes(range=layout["yaxis.range"], showticklabels=False, zeroline=False)
-    figure.update_layout(updatemenus=[dict(type="buttons", direction="right", x=0, xanchor="left",
-                                           y=1, yanchor="bottom", buttons=buttons)])
-    return figure
+        low, high = np.percentile(xy, [5, 95], axis=0)      # a few far points would squeeze all
+        margin = 0.2 * (high - low)
+        low, high = low - margin, high + margin
+        named = label_places(xy, tokens, low, high)
+        parts = [xy[chosen] for chosen in [*members, named]]        # of each trace
+        names = [plotly_text(run.name(tokens[m]).strip("·")) for m in named]
+        traces = dict(x=[part[:, 0].tolist() for part in parts],
+                      y=[part[:, 1].tolist() for part in parts],
+                      text=[None] * len(members) + [names])
+        layout = {"xaxis.range": [low[0], high[0]], "yaxis.range": [low[1], high[1]]}
+        described.append([title, traces, layout])
+    figure.update_xaxes(showticklabels=False, zeroline=False, showgrid=False)
+    figure.update_yaxes(showticklabels=False, zeroline=False, showgrid=False)
+    figure.update_layout(meta=dict(first=described[0][0], views=sorted(described)))
+    chart = figure.to_html(full_html=False, include_plotlyjs=False, div_id="map",
+                           config=dict(responsive=True, displaylogo=False, modeBarButtons=[
+                               ["zoomIn2d", "zoomOut2d", "resetScale2d"]]))
+    return f'<div id="views" class="controls"></div>{chart}'
 
 
 def run_map(args: argparse.Namespace) -> list[Section]:
@@ -794,8 +1091,8 @@ def run_map(args: argparse.Namespace) -> list[Section]:
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
     classes = context_classes(run)
-    return [structure_section(run, layer, channel, classes),
-            map_section(run, layer, channel, classes, umap, note)]
+    return [map_section(run, layer, channel, classes, umap, note),
+            structure_section(run, layer, channel, classes)]
 
 
 def add_map(commands) -> None:
@@ -2356,6 +2653,163 @@ def add_isoflop(commands) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# explorer: a passage and a map whose tokens can be clicked, and what is known of each
+
+SHOWN = 8       # nearest circuits, and neurons, of one token
+
+
+def near_data(run: Run, source: Recording, places, layer: int, channel: int | None) -> list[list]:
+    """Of the circuits at places of a recording the nearest recorded: [place, distance] pairs."""
+    queries = source.circuits(layer, channel).at(places)
+    own = contexts_of(source.tokens)[places]
+    found = []
+    for near in find_neighbors(run, queries, own, layer, channel):
+        found.append([[place, round(1 - similarity, 3)] for place, similarity in near[:SHOWN]])
+    return found
+
+
+def neuron_data(source: Recording, places, layer: int) -> list[list]:
+    """Of tokens at places their neurons, [row, gate * <w_in, x>], the largest first."""
+    products = source.products[layer, places]                                   # (M, J)
+    order = products.abs().argsort(dim=1, descending=True, stable=True)
+    rows = source.rows[layer, places].gather(1, order).tolist()
+    values = products.gather(1, order).tolist()
+    result = []
+    for of_rows, of_values in zip(rows, values):
+        result.append([[row, round(value, 3)] for row, value in zip(of_rows, of_values)])
+    return result
+
+
+def next_data(run: Run, source: Recording, place: int) -> list[list]:
+    """The likeliest next tokens, [token, p]."""
+    p = source.p[place].tolist()
+    return [[token, round(q, 2)] for token, q in zip(source.top[place].tolist(), p)]
+
+
+def explained_data(run: Run, tokens: list[int]) -> dict:
+    """What a prompt's tokens and neurons add to the logit of the likeliest next token."""
+    found = explain(run, tokens, None, None)
+    shares = found.neuron_shares                                                # (L, T, J)
+    neurons = []
+    for place in shares.flatten().abs().topk(min(SHOWN, shares.numel())).indices.tolist():
+        layer, t, j = np.unravel_index(place, shares.shape)
+        neurons.append([int(layer), int(t), found.rows[layer, t, j].item(),
+                        round(shares[layer, t, j].item(), 3),
+                        round(found.products[layer, t, j].item(), 3)])
+    return dict(target=found.target, logit=round(found.logit, 3), neurons=neurons,
+                shares=[round(share, 3) for share in found.token_shares.tolist()])
+
+
+def explorer_data(run: Run, source: Recording, points: list[int], layer: int,
+                  channel: int | None) -> dict:
+    """All that the page can show: of the tokens of a passage, source, and of recorded ones at
+    points.
+
+    A vocabulary entry has a letter for each byte, latin-1, since a token may end within a
+    character. Lists of near circuits are [layer][1 + channel], 0 for all, [token of the passage].
+    """
+    cfg = run.cfg
+    layers = range(cfg.n_layer)
+    passage_tokens = source.tokens[0].tolist()
+    T = len(passage_tokens)
+    progress(f"look up {T} tokens of a passage, and {len(points)} points of the map")
+    vocabulary = [run.encoding.decode_single_token_bytes(token).decode("latin-1")
+                  for token in range(run.encoding.n_vocab)]
+    vocabulary += ["?"] * (cfg.vocab_size - len(vocabulary))
+    near = []
+    for of_layer in layers:
+        near.append([near_data(run, source, torch.arange(T), of_layer, of_channel)
+                     for of_channel in (None, *range(cfg.n_channels))])
+    neurons = [neuron_data(source, torch.arange(T), of_layer) for of_layer in layers]
+    explained = [None] * T
+    if cfg.activation == "identity":
+        explained = [explained_data(run, passage_tokens[:t + 1]) for t in range(T)]
+    near_points = [near_data(run, run.trained, points, of_layer, channel) for of_layer in layers]
+    neurons_points = [neuron_data(run.trained, points, of_layer) for of_layer in layers]
+    at_points = {}
+    for number, place in enumerate(points):
+        at_points[place] = dict(near=[lists[number] for lists in near_points],
+                                neurons=[lists[number][:SHOWN] for lists in neurons_points])
+    seen = set(points)
+    for pairs in itertools.chain(*itertools.chain(*near), *near_points):
+        seen.update(place for place, _ in pairs)
+    return dict(
+        E=cfg.n_experts, T=run.trained.tokens.shape[1], start=T // 2, layer=layer,
+        channel=0 if channel is None else channel + 1, vocabulary=vocabulary,
+        recorded=run.trained.tokens.ravel().tolist(), passage=passage_tokens, near=near,
+        neurons=neurons, explained=explained, points=at_points,
+        expected=[next_data(run, source, t) for t in range(T)],
+        next={place: next_data(run, run.trained, place)[:3] for place in sorted(seen)},
+        cards=card_data(run, neurons, explained))
+
+
+def card_data(run: Run, neurons: list, explained: list[dict]) -> dict[str, dict]:
+    """The cards, by "layer row", of the neurons that a passage shows first."""
+    wanted = defaultdict(set)
+    for layer, lists in enumerate(neurons):
+        for pairs in lists:
+            wanted[layer].update(row for row, _ in pairs[:SHOWN])
+    for found in filter(None, explained):
+        for layer, _, row, *_ in found["neurons"]:
+            wanted[layer].add(row)
+    cards = {}
+    for layer, rows in wanted.items():
+        progress(f"make cards of {len(rows)} neurons of layer {layer}")
+        for card in neuron_cards(run, layer, sorted(rows)):
+            short = card._replace(excerpts=card.excerpts[:5])
+            cards[f"{layer} {card.row}"] = rounded(short._asdict())
+    return cards
+
+
+def rounded(value):
+    """Lists, tuples and dicts with all floats in them short."""
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return value
+
+
+def json_script(data: dict) -> str:
+    """Data for PAGE_SCRIPT. Without "<" no text in it can end the script element."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="data">{text}</script>'
+
+
+def explorer_html(data: dict, n_layer: int, n_channels: int, drawn_map: str, lead: str,
+                  note: str) -> str:
+    layers = ""
+    for layer in range(n_layer):
+        layers += f'<option value="{layer}">layer {layer}</option>'
+    channels = '<option value="0">all channels</option>'
+    for channel in range(n_channels):
+        channels += f'<option value="{channel + 1}">channel {channel}</option>'
+    return f"""<p class="lead">{html.escape(lead)}</p><div class="explorer">
+<div id="reading" class="box"><div id="passage" role="group" aria-label="passage"></div>
+<div id="legend" class="quiet" aria-live="polite"></div></div>
+<div id="panel" class="box"><div class="controls"><select id="layer" aria-label="layer">{layers}
+</select><select id="channel" aria-label="channel">{channels}</select></div>
+<div id="details"></div></div>
+<div id="mapping" class="box">{drawn_map}<p class="quiet">{html.escape(note)}</p></div></div>
+{json_script(data)}"""
+
+
+def explorer_section(run: Run, source: Recording, layer: int, channel: int | None,
+                     classes: Classes, umap: Callable | None, note: str) -> Section:
+    places, views = circuit_map(run, layer, channel, umap)
+    data = explorer_data(run, source, places, layer, channel)
+    drawn = draw_map(run, places, views, classes) if go else ""
+    lead = ("Click a token, or move with the arrow keys: the circuits nearest to its own, the "
+            "neurons it chooses, and what the text so far adds to the prediction. The points of "
+            "the map can be clicked, too.")
+    text = map_text(len(places), channel, umap, note)
+    page_part = explorer_html(data, run.cfg.n_layer, run.cfg.n_channels, drawn, lead, text)
+    return Section("Map", text, explorer=page_part)
+
+
+# --------------------------------------------------------------------------------------------------
 # report: all chapters about one run
 
 def run_report(args: argparse.Namespace) -> list[Section]:
@@ -2363,7 +2817,8 @@ def run_report(args: argparse.Namespace) -> list[Section]:
     umap, note = import_umap()
     run = circuits_of(args.out_dir, args.device, args.windows)
     layer, channel = picked(run, args)
-    neighbors = neighbors_section(run, layer, channel, args.prompt)
+    tokens = prompt_tokens(run, args.prompt)
+    source = record(run.model, torch.tensor([tokens]), "the prompt")
     try:
         patches = patching_section(run, args.template, args.facts)
     except Mistake as error:
@@ -2375,14 +2830,15 @@ def run_report(args: argparse.Namespace) -> list[Section]:
     except Mistake as error:
         curves = Section("Curves", f"Left out: {error}.")
     try:
-        found = explain(run, prompt_tokens(run, args.prompt), None, None)
-        explained = [explain_section(run, found), controls_section(run)]
+        found = explain(run, source.tokens[0].tolist(), None, None)
+        explained = [explain_section(run, found)]
     except Mistake as error:
         explained = [Section("Why this token?", f"Left out: {error}.")]
     classes = context_classes(run)
-    return [neighbors, *explained, structure_section(run, layer, channel, classes),
-            map_section(run, layer, channel, classes, umap, note),
-            usage_section(run, layer, channel), patches, curves]
+    return [explorer_section(run, source, layer, channel, classes, umap, note),
+            structure_section(run, layer, channel, classes), *explained,
+            usage_section(run, layer, channel), patches,
+            neighbors_section(run, source, layer, channel), curves]
 
 
 def add_report(commands) -> None:

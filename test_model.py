@@ -2252,7 +2252,9 @@ def test_planted_neighbours_are_found(planted):
     run = analyze.circuits_of(planted, "cpu", 128)
     expected = torch.tensor([20.0, 13.0])
     torch.testing.assert_close(run.trained.gates[0, 0], expected, atol=1e-3, rtol=0)
-    rows = analyze.neighbors_section(run, 0, None, "b").tables[0].rows
+    window = torch.tensor([analyze.prompt_tokens(run, "b")])
+    source = analyze.record(run.model, window, "the prompt")
+    rows = analyze.neighbors_section(run, source, 0, None).tables[0].rows
     assert len(rows) == 11 and all("»b«" in row[2] for row in rows)
     assert [row[1] for row in rows[1:]] == pytest.approx([0] * 10, abs=1e-6)
     tokens = run.trained.tokens
@@ -2470,16 +2472,64 @@ def test_report_holds_everything_and_loads_nothing(planted, capsys):
     analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
     out = capsys.readouterr().out
     content = json.loads((planted / "report.json").read_text())
-    assert list(content) == ["Neighbours", "Why this token?", "Do shares say what neurons do?",
-                             "Do near circuits mean alike?", "Map",
-                             "Usage and co-activation", "Patching", "Curves"]
+    assert list(content) == ["Map", "Do near circuits mean alike?", "Why this token?",
+                             "Usage and co-activation", "Patching", "Neighbours", "Curves"]
     assert "log.jsonl is missing" in content["Curves"][0] and "== Patching ==" in out
-    assert (planted / "report.html").exists() == bool(analyze.go)
+    text = (planted / "report.html").read_text()
+    assert len(text) < 12e6
+    if analyze.go:      # its own links to its makers load nothing until they are clicked
+        text = text.replace(analyze.get_plotlyjs(), "")
+    assert not re.search(r"""(src|href|url\()=?["']?(https?:)?//""", text)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert len(data["passage"]) == len(data["explained"]) == 16 and data["passage"][0] == 256
+
+
+@pytest.fixture
+def explored(planted):
+    """What the page holds of the text ba, and of one recorded a."""
+    run = analyze.circuits_of(planted, "cpu", 128)
+    window = torch.tensor([analyze.prompt_tokens(run, "ba")])
+    place = run.trained.tokens.ravel().tolist().index(ord("a"))
+    source = analyze.record(run.model, window, "the prompt")
+    return analyze.explorer_data(run, source, [place], 0, None), place
+
+
+def test_planted_page_holds_what_is_true(explored):
+    data, place = explored
+    assert [data["vocabulary"][token] for token in data["passage"]] == ["<|endoftext|>", "b", "a"]
+    for of_channel in data["near"][0]:      # all channels, and the only one
+        for token, near in zip("ba", of_channel[1:]):
+            assert len(near) == analyze.SHOWN and all(distance == 0 for _, distance in near)
+            assert {data["recorded"][other] for other, _ in near} == {ord(token)}
+            assert all(data["next"][other][0][0] == ord(token.upper()) for other, _ in near)
+    b = [[1, 20], [2, 13]]
+    a = [[0, 20], [1, 13]]
+    assert [np.round(pairs).tolist() for pairs in data["neurons"][0][1:]] == [b, a]
+    assert np.round(data["points"][place]["neurons"][0]).tolist() == a
+    why = data["explained"][2]
+    assert why["target"] == data["expected"][2][0][0] == ord("A") and why["shares"][:2] == [0, 0]
+    assert sum(why["shares"]) == pytest.approx(why["logit"], abs=2e-3)
+    layer, at, row, share, product = why["neurons"][0]
+    assert (layer, at, row) == (0, 2, 0) and share > 0 and product == pytest.approx(20, abs=1e-2)
+    for row, name in enumerate("ABC"):
+        assert data["cards"][f"0 {row}"]["promotes"][0][0] == name
+
+
+def test_no_text_ends_the_data_of_the_page():
+    data = {"x": "</script><!-- »\u2028&"}
+    text = analyze.json_script(data)
+    assert text.count("<") == 2 and json.loads(text[text.index(">") + 1:text.rindex("<")]) == data
+
+
+def test_names_on_the_map_do_not_cover_each_other():
+    xy = np.array([[0.0, 0], [5, 5], [0.1, 0], [0.1, 0.1], [9, 9]])
+    tokens = np.array([1, 1, 1, 2, 3])
+    chosen = analyze.label_places(xy, tokens, np.zeros(2), np.full(2, 10.0))
+    assert chosen == [2, 4]         # the middle of three, not 2's, which it would cover, and 3's
 
 
 def test_the_page_escapes_its_text():
     section = analyze.Section("a & b", "c < d", [analyze.Table("t", ["x"], [["<i>»y«"], [None]])])
-    pytest.importorskip("plotly")
     text = analyze.page("<title>", [section])
     assert "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text and "c &lt; d" in text
     assert "<td>-</td>" in text and "&lt;title&gt;" in text and 'src="http' not in text
@@ -2504,6 +2554,8 @@ def test_broken_extras_and_a_closed_pipe_lose_nothing(planted, tmp_path):
     assert process.wait() == 0 and "Traceback" not in errors
     content = json.loads((planted / "report.json").read_text())
     assert "cannot import name 'UMAP'" in content["Map"][0]
+    text = (planted / "report.html").read_text()
+    assert 'id="passage"' in text and 'id="map"' not in text and "Plotly.newPlot" not in text
     command[2] = "map"
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stderr.startswith("analyze.py: a map needs plotly")
