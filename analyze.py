@@ -1553,46 +1553,51 @@ def row_name(run: Run, row: int) -> str:
 
 
 @torch.no_grad()
-def neuron_words(run: Run, layer: int, row: int) -> tuple[list[tuple[str, float]], ...]:
-    """What a neuron promotes, suppresses and reads, as in its Card."""
+def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[str, float]]]]:
+    """What each neuron promotes, suppresses and reads, as in its Card."""
     model = run.model
     block = model.blocks[layer]
     embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V, D) without padding
-    w_out = block.ffn.w_out.flatten(0, 1)[row]                          # (D,)
+    w_out = block.ffn.w_out.flatten(0, 1)[rows]                         # (n, D)
     if run.cfg.norm:
         w_out = w_out * model.norm.scale
-    writes = embeddings @ w_out
-    writes -= writes.mean()
-    reads = block.ffn_norm(embeddings) @ block.ffn.w_in.flatten(0, 1)[row]
-    lists = []
-    for values, keys in ((writes, -writes), (writes, writes), (reads, -reads.abs())):
-        best = keys.argsort()[:CARD_ITEMS].tolist()
-        lists.append([(run.name(token), values[token].item()) for token in best])
-    return tuple(lists)
+    writes = w_out @ embeddings.T                                       # (n, V)
+    writes -= writes.mean(dim=1, keepdim=True)
+    reads = block.ffn.w_in.flatten(0, 1)[rows] @ block.ffn_norm(embeddings).T
+    words = [[] for _ in rows]
+    for values, keys in ((writes, writes), (writes, -writes), (reads, reads.abs())):
+        best = keys.topk(CARD_ITEMS).indices                            # (n, CARD_ITEMS)
+        for n, tokens in enumerate(best.tolist()):
+            words[n].append([(run.name(token), values[n, token].item()) for token in tokens])
+    return words
 
 
 def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
     """Of neurons of one layer, from what is recorded; no two excerpts in equal contexts."""
     recording = run.trained
-    contexts = contexts_of(recording.tokens).tolist()
+    contexts = contexts_of(recording.tokens)
+    J = recording.rows.shape[2]
+    # One sort of all choices, (token, slot) pairs, by neuron.
+    R = run.cfg.n_channels * run.cfg.n_experts
+    order, offsets = kernels.transpose_index(recording.rows[layer], R)
     cards = []
-    for row in rows:
-        places, slots = (recording.rows[layer] == row).nonzero(as_tuple=True)
-        products = recording.products[layer, places, slots]
+    for row, words in zip(rows, neuron_words(run, layer, rows)):
+        pairs = order[offsets[row]:offsets[row + 1]].long()
+        places = pairs // J
+        products = recording.products[layer].flatten()[pairs]
         excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
             place = int(places[i])
-            if contexts[place] not in excerpts:
-                excerpts[contexts[place]] = (products[i].item(),
-                                             run.excerpt(recording.tokens, place),
-                                             run.predictions(recording, place))
+            context = int(contexts[place])
+            if context not in excerpts:
+                excerpts[context] = (products[i].item(), run.excerpt(recording.tokens, place),
+                                     run.predictions(recording, place))
             if len(excerpts) == CARD_ITEMS:
                 break
-        counts, edges = np.histogram(recording.gates[layer, places, slots], bins=16)
+        counts, edges = np.histogram(recording.gates[layer].flatten()[pairs], bins=16)
         scores = list(zip(edges[:-1].tolist(), counts.tolist()))
         use = len(places) / recording.tokens.size
-        cards.append(Card(layer, row, use, scores, list(excerpts.values()),
-                          *neuron_words(run, layer, row)))
+        cards.append(Card(layer, row, use, scores, list(excerpts.values()), *words))
     return cards
 
 
@@ -1750,7 +1755,7 @@ def explain_section(run: Run, found: Attribution) -> Section:
     for at in largest(found.neuron_shares.abs(), SHOWN_NEURONS):
         layer, t, _ = at
         row = found.rows[at].item()
-        promotes, suppresses, reads = neuron_words(run, layer, row)
+        [[promotes, suppresses, reads]] = neuron_words(run, layer, [row])
         if found.products[at] < 0:
             promotes, suppresses = suppresses, promotes
         words = [" ".join(name for name, _ in part[:4]) for part in (promotes, suppresses, reads)]

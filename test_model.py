@@ -445,7 +445,7 @@ def test_initialisation_has_the_variances_of_the_paper(ffn, tensor, std, largest
     assert 0.99 * largest < weight.abs().max().item() <= largest * 1.0001
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kernels
 
 def layer_tensors(N=7, D=48, C=2, n=5, k=3, dtype=torch.float32, seed=0):
@@ -684,7 +684,7 @@ def test_cache_equals_the_full_forward():
         model(idx[:, :1], cache=cache)
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # triton: compiled on a GPU, interpreted without one
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -707,7 +707,7 @@ def covering(sizes):
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """Kernels behind every operation, borders every 6 pairs, and NaN in what torch.empty returns."""
+    """Kernels behind every operation, borders every 6 pairs, NaN in what torch.empty returns."""
     if kernels.triton is None:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(kernels, "backend", lambda *key: ("triton", "a test"))
@@ -907,7 +907,7 @@ def test_layer_compiles_once_and_can_be_checkpointed():
         torch.testing.assert_close(run, results(layer), atol=1e-5, rtol=1e-4)
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # prepare_data.py
 
 SCRIPT = prepare_data.__file__
@@ -1074,7 +1074,7 @@ def test_batches_are_bounded_and_keep_everything():
 def test_two_runs_agree_on_any_number_of_cores(tmp_path, monkeypatch):
     numbered_stories(tmp_path / "a.txt")
     for cores in (1, 5):
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / f"out{cores}", vocab_size=300)
     assert files_of(tmp_path / "out1") == files_of(tmp_path / "out5")
     assert sorted(files_of(tmp_path / "out1")) == OUTPUT
@@ -1164,9 +1164,10 @@ def test_full_disk_leaves_the_old_data(tmp_path, monkeypatch):
         def __enter__(self): return self
         def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "open", raising=False,
-                        value=lambda path, mode, **options:
-                        Full() if path.name == "val.bin" else open(path, mode, **options))
+    def full_disk(path, mode, **options):
+        return Full() if path.name == "val.bin" else open(path, mode, **options)    # noqa: SIM115
+
+    monkeypatch.setattr(prepare_data, "open", full_disk, raising=False)
     with pytest.raises(OSError, match="No space left on device: .*out is as it was"):
         prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=280)
     assert files_of(tmp_path / "out") == before
@@ -2118,7 +2119,7 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
     assert pieces == ["", "\u00e9", "", "", "", "\U0001f389", "", "", "\ufffda", "", "", "\ufffd"]
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # analyze.py: golden values, brute force, and a model whose circuits are planted
 
 @pytest.mark.parametrize("shape, tag, mix, value", [
@@ -2450,7 +2451,8 @@ def test_planted_controls(planted):
     after = -14 / 257 / rms_without
     for pair in changes["the largest shares"]:
         assert pair == pytest.approx((-20 / rms * 256 / 257, after - before), rel=1e-3)
-    for name in ("others of equal use", "others of equal |gate|"):      # the other neuron of the letter
+    # the other neuron of the letter
+    for name in ("others of equal use", "others of equal |gate|"):
         for predicted, actual in changes[name]:
             assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
             assert actual > predicted
