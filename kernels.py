@@ -728,8 +728,8 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
     gathered = 2 * t["index"].numel() * t["x"][0].nbytes        # bytes in a forward pass
     print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(t['x'].dtype)[6:]}: forward gathers "
           f"{gathered / 1e9:.1f} GB from tables of {2 * t['w_in'].nbytes / 1e6:.0f} MB\n"
-          "                     forward ms   +backward ms   speed   gather GB/s",
-          "  extra MB" if own else "")
+          "                     forward ms   +backward ms   speed   gather GB/s"
+          + ("   extra MB" if own else ""))
     for name, fn, dy, inputs, *rest in rows:
         if name.endswith("reference"):
             baseline = math.nan
