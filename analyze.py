@@ -311,26 +311,24 @@ function explore(data) {
   }
   function words(title, pairs) {
     return make("div", "", make("span", "quiet", title + " "),
-                ...pairs.map(([name, value]) => make("span", "word", name + " " + signed(value))));
+                ...pairs.map(([token, value]) =>
+                  make("span", "word", word(token) + " " + signed(value))));
   }
 
   function card(of) {
-    const most = Math.max(1, ...of.scores.map(bar => bar[1]));
-    const bars = of.scores.map(([edge, count]) => {
+    const most = Math.max(1, ...of.counts);
+    const bars = of.counts.map((count, i) => {
       const bar = make("i", "");
       bar.style.height = 100 * count / most + "%";
-      bar.title = "from " + edge + ": " + count;
+      bar.title = "from " + (of.first + i * of.step).toFixed(2) + ": " + count;
       return bar;
     });
-    const rows = of.excerpts.map(([product, shownText, next]) => {
-      const [, before, token, after] = shownText.match(/^(.*?)»(.*)«(.*?)$/s);
-      return make("div", "row", make("span", "", signed(product)),
-                  make("div", "", marked(before, token, after), make("div", "quiet", next)));
-    });
-    const first = of.scores[0][0], last = of.scores[of.scores.length - 1][0];
+    const rows = of.excerpts.map(([product, place]) =>
+      make("div", "row", make("span", "", signed(product)), recordedExcerpt(place)));
+    const last = of.first + of.counts.length * of.step;
     return make("div", "card",
       make("div", "quiet", (100 * of.use).toFixed(1) + " % of tokens choose it; their gates, " +
-           first.toFixed(1) + " to " + last.toFixed(1) + ":"), make("div", "bars", ...bars),
+           of.first.toFixed(1) + " to " + last.toFixed(1) + ":"), make("div", "bars", ...bars),
       words("promotes", of.promotes), words("suppresses", of.suppresses),
       words("reads", of.reads), make("div", "quiet", "Where gate × reading is largest; where " +
       "that is negative, it promotes what it otherwise suppresses:"), ...rows);
@@ -341,7 +339,7 @@ function explore(data) {
     const line = [make("span", "", signed(value)), make("span", "excerpt", label)];
     if (!of) return make("div", "row", ...line);
     const writes = product < 0 ? of.suppresses : of.promotes;
-    line[1].append(make("span", "quiet", "  " + writes.slice(0, 5).map(p => p[0]).join(" ")));
+    line[1].append(make("span", "quiet", "  " + writes.slice(0, 5).map(p => word(p[0])).join(" ")));
     const element = make("details", "", make("summary", "row", ...line));
     element.addEventListener("toggle", () => {
       if (element.children.length === 1) element.append(card(of));
@@ -1223,7 +1221,7 @@ def usage_section(run: Run, layer: int, channel: int | None) -> Section:
     c = channel or 0
     figures = []
     if go:
-        size = min(cfg.n_experts, 1024 // n * n)        # whole rows of sub-keys
+        size = min(cfg.n_experts, 512 // n * n)         # whole rows of sub-keys
         ids = run.trained.rows[layer, :, c * cfg.top_k:(c + 1) * cfg.top_k] - c * cfg.n_experts
         P = coactivation(ids, size).fill_diagonal_(0)
         figure = go.Figure(layout=dict(title=f"P(j | i) in thousandths: layer {layer}, channel {c}",
@@ -1541,10 +1539,10 @@ class Card(NamedTuple):
     row: int                                # c * E + id
     use: float                              # share of the recorded tokens that choose it
     scores: list[tuple[float, int]]         # histogram of its gates: left edges and counts
-    excerpts: list[tuple[float, str, str]]  # product, excerpt, predictions; the largest |product|
-    promotes: list[tuple[str, float]]       # tokens, and what w_out adds to their logits directly
-    suppresses: list[tuple[str, float]]
-    reads: list[tuple[str, float]]          # tokens, and <w_in, x> of x their normed embedding
+    excerpts: list[tuple[float, int]]       # product and recorded place, the largest |product|
+    promotes: list[tuple[int, float]]       # tokens, and what w_out adds to their logits directly
+    suppresses: list[tuple[int, float]]
+    reads: list[tuple[int, float]]          # tokens, and <w_in, x> of x their normed embedding
 
 
 def row_name(run: Run, row: int) -> str:
@@ -1553,8 +1551,8 @@ def row_name(run: Run, row: int) -> str:
 
 
 @torch.no_grad()
-def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[str, float]]]]:
-    """What each neuron promotes, suppresses and reads, as in its Card."""
+def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[int, float]]]]:
+    """The tokens that each neuron promotes, suppresses and reads, as in its Card."""
     model = run.model
     block = model.blocks[layer]
     embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V, D) without padding
@@ -1568,14 +1566,14 @@ def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[
     for values, keys in ((writes, writes), (writes, -writes), (reads, reads.abs())):
         best = keys.topk(CARD_ITEMS).indices                            # (n, CARD_ITEMS)
         for n, tokens in enumerate(best.tolist()):
-            words[n].append([(run.name(token), values[n, token].item()) for token in tokens])
+            words[n].append([(token, values[n, token].item()) for token in tokens])
     return words
 
 
 def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
     """Of neurons of one layer, from what is recorded; no two excerpts in equal contexts."""
     recording = run.trained
-    contexts = contexts_of(recording.tokens)
+    contexts = contexts_of(recording.tokens).tolist()
     J = recording.rows.shape[2]
     # One sort of all choices, (token, slot) pairs, by neuron.
     R = run.cfg.n_channels * run.cfg.n_experts
@@ -1588,10 +1586,7 @@ def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
         excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
             place = int(places[i])
-            context = int(contexts[place])
-            if context not in excerpts:
-                excerpts[context] = (products[i].item(), run.excerpt(recording.tokens, place),
-                                     run.predictions(recording, place))
+            excerpts.setdefault(contexts[place], (products[i].item(), place))
             if len(excerpts) == CARD_ITEMS:
                 break
         counts, edges = np.histogram(recording.gates[layer].flatten()[pairs], bins=16)
@@ -1603,8 +1598,15 @@ def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
 
 def neuron_section(run: Run, card: Card) -> Section:
     words = []
-    for promoted, suppressed, read in zip(card.promotes, card.suppresses, card.reads):
-        words.append([*promoted, *suppressed, *read])
+    for pairs in zip(card.promotes, card.suppresses, card.reads):
+        row = []
+        for token, value in pairs:
+            row += [run.name(token), value]
+        words.append(row)
+    excerpts = []
+    for product, place in card.excerpts:
+        excerpts.append([product, run.excerpt(run.trained.tokens, place),
+                         run.predictions(run.trained, place)])
     name = row_name(run, card.row)
     return Section(
         f"Neuron {name} of layer {card.layer}", f"Chosen by {card.use:.3%} of "
@@ -1613,7 +1615,7 @@ def neuron_section(run: Run, card: Card) -> Section:
         "product is negative the two change places. It reads the tokens whose own embedding has "
         "the largest <w_in, x>, with sign.",
         [Table("Largest products, no two in equal contexts", ["gate * <w_in, x>", "text", "next"],
-               [list(excerpt) for excerpt in card.excerpts]),
+               excerpts),
          Table("Tokens", ["promotes", "by", "suppresses", "by", "reads", "<w_in, x>"], words),
          Table("Gates", ["from", "tokens"], [list(score) for score in card.scores])])
 
@@ -1758,7 +1760,9 @@ def explain_section(run: Run, found: Attribution) -> Section:
         [[promotes, suppresses, reads]] = neuron_words(run, layer, [row])
         if found.products[at] < 0:
             promotes, suppresses = suppresses, promotes
-        words = [" ".join(name for name, _ in part[:4]) for part in (promotes, suppresses, reads)]
+        words = []
+        for pairs in (promotes, suppresses, reads):
+            words.append(" ".join(run.name(token) for token, _ in pairs[:4]))
         neurons.append([layer, names[t], row_name(run, row), found.neuron_shares[at].item(),
                         *words])
     other = "the mean logit" if found.against is None else f"that of {run.name(found.against)}"
@@ -2735,6 +2739,15 @@ def explorer_data(run: Run, source: Recording, points: list[int], layer: int,
     for number, place in enumerate(points):
         at_points[place] = dict(near=[lists[number] for lists in near_points],
                                 neurons=[lists[number][:SHOWN] for lists in neurons_points])
+    # A channel that is chosen has neurons of its own in front.
+    shown = [list(lists) for lists in neurons_points]
+    for of_layer, lists in enumerate(neurons):
+        for pairs in lists:
+            shown[of_layer].append(pairs)
+            for c in range(cfg.n_channels):
+                first_row = c * cfg.n_experts
+                shown[of_layer].append([pair for pair in pairs
+                                        if first_row <= pair[0] < first_row + cfg.n_experts])
     seen = set(points)
     for pairs in itertools.chain(*itertools.chain(*near), *near_points):
         seen.update(place for place, _ in pairs)
@@ -2745,13 +2758,16 @@ def explorer_data(run: Run, source: Recording, points: list[int], layer: int,
         neurons=neurons, explained=explained, points=at_points,
         expected=[next_data(run, source, t) for t in range(T)],
         next={place: next_data(run, run.trained, place)[:3] for place in sorted(seen)},
-        cards=card_data(run, neurons, explained))
+        cards=card_data(run, shown, explained))
 
 
-def card_data(run: Run, neurons: list, explained: list[dict]) -> dict[str, dict]:
-    """The cards, by "layer row", of the neurons that a passage shows first."""
+def card_data(run: Run, shown: list[list], explained: list[dict]) -> dict[str, dict]:
+    """The cards, by "layer row", of all neurons that the page can show.
+
+    shown[layer] has the neurons of every token, as neuron_data lists them.
+    """
     wanted = defaultdict(set)
-    for layer, lists in enumerate(neurons):
+    for layer, lists in enumerate(shown):
         for pairs in lists:
             wanted[layer].update(row for row, _ in pairs[:SHOWN])
     for found in filter(None, explained):
@@ -2761,8 +2777,12 @@ def card_data(run: Run, neurons: list, explained: list[dict]) -> dict[str, dict]
     for layer, rows in wanted.items():
         progress(f"make cards of {len(rows)} neurons of layer {layer}")
         for card in neuron_cards(run, layer, sorted(rows)):
-            short = card._replace(excerpts=card.excerpts[:5])
-            cards[f"{layer} {card.row}"] = rounded(short._asdict())
+            edges = [edge for edge, _ in card.scores]
+            cards[f"{layer} {card.row}"] = rounded(dict(
+                use=card.use, first=edges[0], step=edges[1] - edges[0],
+                counts=[count for _, count in card.scores], excerpts=card.excerpts[:5],
+                promotes=card.promotes[:6], suppresses=card.suppresses[:6],
+                reads=card.reads[:6]))
     return cards
 
 

@@ -2435,9 +2435,9 @@ def test_planted_shares_and_cards(planted):
     low, high = card.scores[0], card.scores[-1]
     assert low[0] == pytest.approx(13, abs=1e-2) and low[1] == high[1] == 16
     assert [excerpt[0] for excerpt in card.excerpts] == pytest.approx([20] * 8, rel=1e-3)
-    assert all("»a«" in text and next.startswith("A ") for _, text, next in card.excerpts)
-    assert card.promotes[0] == ("A", pytest.approx(1 - 1 / 257))
-    assert {name for name, _ in card.reads} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
+    assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card.excerpts)
+    assert card.promotes[0] == (ord("A"), pytest.approx(1 - 1 / 257))
+    assert {chr(token) for token, _ in card.reads} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
     assert card.reads[0][1] == pytest.approx(1, rel=1e-3)
 
 
@@ -2514,7 +2514,9 @@ def test_planted_page_holds_what_is_true(explored):
     layer, at, row, share, product = why["neurons"][0]
     assert (layer, at, row) == (0, 2, 0) and share > 0 and product == pytest.approx(20, abs=1e-2)
     for row, name in enumerate("ABC"):
-        assert data["cards"][f"0 {row}"]["promotes"][0][0] == name
+        assert data["cards"][f"0 {row}"]["promotes"][0][0] == ord(name)
+    for point in data["points"].values():       # every neuron that is shown has its card
+        assert all(f"0 {row}" in data["cards"] for row, _ in point["neurons"][0])
 
 
 def test_no_text_ends_the_data_of_the_page():
