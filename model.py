@@ -77,7 +77,8 @@ class GPTConfig:
     def _check_keys(self):
         """Raises ValueError if the router cannot choose top_k of n_experts, or would take all."""
         n_keys, keys = self.n_experts, "keys"
-        if self.ffn == "peer" or self.router.startswith("product"):
+        product, _ = ROUTERS[self.router]
+        if self.ffn == "peer" or product:
             n_keys, keys = math.isqrt(self.n_experts), "sub-keys"
             if n_keys ** 2 != self.n_experts:
                 raise ValueError(f"n_experts={self.n_experts} must be a square for product keys: "
@@ -210,7 +211,12 @@ class Attention(nn.Module):
 # feedforward layers: forward (B, T, D) -> (B, T, D), flops() of one token, forward matmuls only,
 # and settings: the fields of GPTConfig that the layer reads beside d_model
 
-ROUTERS = ("product_dense", "product_key", "dense", "key")
+ROUTERS = {     # name: (product keys?, one query for all channels?)
+    "product_dense": (True, True),
+    "product_key": (True, False),
+    "dense": (False, True),
+    "key": (False, False),
+}
 
 
 def identity(x: Tensor) -> Tensor:
@@ -236,8 +242,7 @@ class Router(nn.Module):
 
     def __init__(self, cfg: GPTConfig, kind: str):
         super().__init__()
-        self.product = kind.startswith("product")
-        self.shared_query = kind.endswith("dense")
+        self.product, self.shared_query = ROUTERS[kind]
         self.top_k = cfg.top_k
         C, K = cfg.n_channels, cfg.d_key
         if self.product:
@@ -392,7 +397,8 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        E, D, d_ff = cfg.n_experts, cfg.d_model, cfg.d_ff
+        E, D = cfg.n_experts, cfg.d_model
+        d_ff = cfg.d_ff
         self.top_k = cfg.top_k
         self.gate = Linear(D, E)
         self.w1 = lecun_normal(E, 2 * d_ff, D, fan_in=D)
