@@ -1600,7 +1600,7 @@ def test_a_sharded_run_goes_on_unsharded(in_float64, two, tmp_path):
     assert_close_runs(out, in_float64)
 
 
-def test_a_checkpoint_of_the_first_edition_goes_on(data, trained, tmp_path):
+def test_an_older_checkpoint_goes_on(data, trained, tmp_path):
     """It numbered the parameters in the optimizer's state, and had settings that are no more."""
     out = run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=7", "--decay_fraction=0")
     state = load(out)

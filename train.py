@@ -593,7 +593,7 @@ def load_optimizer(state: dict, model: GPT, optimizer: torch.optim.Optimizer) ->
     """Restores the optimizer from what a checkpoint has of it."""
     if not state or not state["state"]:
         return              # it was saved before the first step
-    if 0 in state["state"]:     # a checkpoint of the first edition, which numbered the parameters
+    if 0 in state["state"]:     # an older train.py numbered the parameters
         names = [name for name, p in model.named_parameters() if p.ndim > 1]
         names += [name for name, p in model.named_parameters() if p.ndim <= 1]
         groups = []
