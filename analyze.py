@@ -2361,6 +2361,7 @@ class Log(NamedTuple):
     cfg: GPTConfig          # of them
     starts: list[dict]      # of the run, and of every resumption: data, versions
     evals: list[dict]       # none yet where a run is young
+    steps: list[dict]       # of every log_interval steps
 
 
 def read_log(run: Path) -> Log:
@@ -2380,7 +2381,7 @@ def read_log(run: Path) -> Log:
     settings = vars(TrainConfig()) | starts[0]["config"]
     names = GPTConfig.__dataclass_fields__
     cfg = GPTConfig(**{name: value for name, value in settings.items() if name in names})
-    return Log(run, settings, cfg, starts, by_event["eval"])
+    return Log(run, settings, cfg, starts, by_event["eval"], by_event["step"])
 
 
 def column(evals: list[dict], x: str, y: str) -> tuple[list, list]:
@@ -2446,11 +2447,11 @@ def add_curves(commands) -> None:
 # --------------------------------------------------------------------------------------------------
 # isoflop: trained with equal FLOPs, which layer is best? (arXiv 2606.07414, Figures 1 and 3)
 
-RECIPE = ("eval_sequences", "block_size", "vocab_size", "batch_size", "learning_rate",
-          "weight_decay", "warmup_steps", "decay_fraction", "grad_clip", "dtype")
+RECIPE = ("eval_sequences", "block_size", "vocab_size", "batch_size", "weight_decay",
+          "warmup_steps", "decay_fraction", "grad_clip", "dtype")
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
-# Student's t for a two-sided 95 % interval, of two and more values.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+# Student's t for a two-sided 95 % interval, by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def machine_of(log: Log) -> str:
@@ -2460,8 +2461,8 @@ def machine_of(log: Log) -> str:
 
 
 def check_comparable(logs: list[Log]) -> None:
-    """Raises Mistake if a run did not spend a budget, or two differ by more than model, budget
-    and seed."""
+    """Raises Mistake if a run did not spend a budget, or two differ by more than model, budget,
+    learning rate and seed."""
     first = None
     seen = {}
     for log in logs:
@@ -2481,11 +2482,16 @@ def check_comparable(logs: list[Log]) -> None:
             if value != first[name]:
                 raise Mistake(f"{logs[0].run} and {log.run} are not comparable: "
                               f"{name}={first[name]} and {value}")
-        same = (repr(log.cfg), budget, log.settings["seed"])
+        same = (*group_key(log), log.settings["seed"])
         if same in seen:
             raise Mistake(f"{seen[same]} and {log.run} are the same run, with seed="
                           f"{log.settings['seed']}: give one")
         seen[same] = log.run
+
+
+def group_key(log: Log) -> tuple:
+    """What runs that differ by their seeds have in common."""
+    return log.settings["flops"], repr(log.cfg), log.settings["learning_rate"]
 
 
 class Group:
@@ -2495,27 +2501,33 @@ class Group:
         self.logs = logs
         self.cfg = logs[0].cfg
         self.budget = logs[0].settings["flops"]
+        self.learning_rate = logs[0].settings["learning_rate"]
         self.variant = variant_name(self.cfg)
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)
+        self.bits = mean_of_known([log.evals[-1].get("val_bits_per_byte") for log in logs])
+        self.seconds = mean_of_known([training_seconds(log) for log in logs])
 
-    def mean(self, name: str) -> float | None:
-        """Of the last evaluations; None where one lacks it."""
-        values = [log.evals[-1].get(name) for log in self.logs]
-        return None if None in values else statistics.fmean(values)
+    def variance_of_mean(self) -> float:
+        """Of the loss, over seeds; at least two."""
+        return statistics.variance(self.losses) / len(self.losses)
 
     def interval(self) -> Estimate:
         """The mean loss and its 95 % interval over seeds, by Student's t; unknown for one seed."""
-        n = len(self.losses)
-        if n == 1:
+        freedom = len(self.losses) - 1
+        if freedom == 0:
             return Estimate(None, None)
-        error = statistics.stdev(self.losses) / math.sqrt(n)
-        return Estimate(self.loss, T95.get(n, 1.96) * error)
+        return Estimate(self.loss, T95.get(freedom, 1.96) * math.sqrt(self.variance_of_mean()))
 
-    def seconds_to(self, loss: float) -> float | None:
-        """The mean time to reach a validation loss; None where a seed never does."""
-        times = [seconds_to(log.evals, loss) for log in self.logs]
-        return None if None in times else statistics.fmean(times)
+    def less(self, other: "Group") -> Estimate:
+        """The difference of two losses. Its interval has the degrees of freedom of the fewer seeds,
+        which makes it rather too wide than too narrow."""
+        freedom = min(len(self.losses), len(other.losses)) - 1
+        difference = self.loss - other.loss
+        if freedom == 0:
+            return Estimate(difference, None)
+        error = math.sqrt(self.variance_of_mean() + other.variance_of_mean())
+        return Estimate(difference, T95.get(freedom, 1.96) * error)
 
     def row(self) -> list:
         """Of the table of a budget."""
@@ -2523,9 +2535,25 @@ class Group:
             total, active = GPT(self.cfg).num_params()
         last = self.logs[0].evals[-1]
         return [f"{self.cfg.n_layer} x {self.cfg.d_model}, {layer_sizes(self.cfg)}",
-                str(self.logs[0].run), total, active, last.get("tokens"), last["step"],
-                len(self.losses), self.loss, self.interval(), math.exp(self.loss),
-                self.mean("val_bits_per_byte"), self.mean("seconds")]
+                f"{self.learning_rate:g}", str(self.logs[0].run), total, active,
+                last.get("tokens"), last["step"], len(self.losses), self.loss, self.interval(),
+                math.exp(self.loss), self.bits, self.seconds]
+
+
+def mean_of_known(values: list[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)
+
+
+def training_seconds(log: Log) -> float | None:
+    """The steps of a run at the pace of its median step: it may have slept, or shared a processor.
+
+    None if the log has fewer than two lines of steps.
+    """
+    paces = []
+    for before, after in itertools.pairwise(log.steps):
+        if after["step"] > before["step"]:
+            paces.append((after["seconds"] - before["seconds"]) / (after["step"] - before["step"]))
+    return log.settings["steps"] * statistics.median(paces) if paces else None
 
 
 def variant_name(cfg: GPTConfig) -> str:
@@ -2549,20 +2577,11 @@ def layer_sizes(cfg: GPTConfig) -> str:
     return str(cfg.d_ff)
 
 
-def seconds_to(evals: list[dict], loss: float) -> float | None:
-    """When the validation loss, linear between evaluations, first reaches a value; None: never."""
-    points = zip(*column(evals, "seconds", "val_loss"))
-    for (start, high), (end, low) in itertools.pairwise(points):
-        if low <= loss:
-            return start + (high - loss) / (high - low) * (end - start)
-    return None
-
-
 def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
     """The groups of each budget, the lowest loss first."""
     alike = defaultdict(list)
     for log in logs:
-        alike[log.settings["flops"], repr(log.cfg)].append(log)
+        alike[group_key(log)].append(log)
     budgets = defaultdict(list)
     for group in map(Group, alike.values()):
         budgets[group.budget].append(group)
@@ -2572,7 +2591,7 @@ def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
     return result
 
 
-def best_sizes(groups: list[Group]) -> dict[str, Group]:
+def best_of_variants(groups: list[Group]) -> dict[str, Group]:
     """Of each variant the group with the lowest loss, of groups in that order."""
     best = {}
     for group in groups:
@@ -2581,16 +2600,39 @@ def best_sizes(groups: list[Group]) -> dict[str, Group]:
 
 
 def rival_rows(budget: float, best: dict[str, Group]) -> list[list]:
-    """sgatlin against every other variant: perplexities, their ratio, and seconds to its loss."""
+    """sgatlin against every other variant: perplexities, their ratio, the difference of losses."""
     ours = best["sgatlin"]
     rows = []
     for variant, rival in best.items():
         if rival is not ours:
-            machines = {machine_of(log) for log in [*ours.logs, *rival.logs]}
-            seconds = ours.seconds_to(rival.loss) if len(machines) == 1 else None
             rows.append([f"{budget:g}", variant, math.exp(ours.loss), math.exp(rival.loss),
-                         math.exp(ours.loss - rival.loss), rival.mean("seconds"), seconds])
+                         math.exp(ours.loss - rival.loss), ours.less(rival)])
     return rows
+
+
+def trade(budgets: dict[float, list[Group]]) -> dict[str, tuple[list, list]]:
+    """Of each variant the seconds of its best groups, one a budget, and their bits per byte."""
+    points = defaultdict(list)
+    for groups in budgets.values():
+        for variant, group in best_of_variants(groups).items():
+            if group.seconds is not None and group.bits is not None:
+                points[variant].append((group.seconds, group.bits))
+    return {variant: tuple(zip(*sorted(points[variant]))) for variant in points}
+
+
+def same_seconds(budgets: dict[float, list[Group]]) -> Table | None:
+    """Bits per byte of all variants after the seconds that sgatlin took for each budget."""
+    points = trade(budgets)
+    if "sgatlin" not in points:
+        return None
+    rows = []
+    for seconds in points["sgatlin"][0]:
+        row = [seconds]
+        for at, bits in points.values():
+            inside = at[0] <= seconds <= at[-1]
+            row.append(float(np.interp(seconds, at, bits)) if inside else None)
+        rows.append(row)
+    return Table("Bits per byte after the same seconds", ["seconds", *points], rows)
 
 
 def isoflop_section(runs: list[Path]) -> Section:
@@ -2601,53 +2643,60 @@ def isoflop_section(runs: list[Path]) -> Section:
     tables = []
     rivals = []
     for budget, groups in budgets.items():
-        best = best_sizes(groups)
+        best = best_of_variants(groups)
         rows = []
         for group in groups:
             star = "*" if group is best[group.variant] else ""
             rows.append([group.variant, star, *group.row()])
         tables.append(Table(f"{budget:g} FLOPs: validation loss", [
-            "variant", "best", "n_layer x d_model, ffn", "first run", "parameters", "active",
-            "tokens", "steps", "seeds", "loss", "over seeds", "perplexity", "bits per byte",
-            "seconds"], rows))
+            "variant", "best", "n_layer x d_model, ffn", "learning rate", "first run", "parameters",
+            "active", "tokens", "steps", "seeds", "loss", "over seeds", "perplexity",
+            "bits per byte", "seconds"], rows))
         if "sgatlin" in best:
             rivals += rival_rows(budget, best)
+    if len({machine_of(log) for log in logs}) == 1:
+        tables.insert(0, same_seconds(budgets))
     if rivals:
-        header = ["FLOPs", "rival", "sgatlin", "its", "ratio", "its seconds", "sgatlin's to there"]
+        header = ["FLOPs", "rival", "sgatlin", "its", "ratio", "loss less its"]
         tables.insert(0, Table("Perplexity of sgatlin and of its rivals, best sizes", header,
                                rivals))
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the "
         "lowest loss first, in nats per token of validation text after the last step. A star marks "
-        "the best size of a variant. Numbers are means over seeds, with 95 % intervals by "
-        "Student's t where there are several. Beside sgatlin its best rival comes first: a ratio "
-        "below 1 is in sgatlin's favour. Seconds are those of the steps, without evaluations, of "
-        "runs on one machine: what the rival took, and when sgatlin's best size reached that "
-        "loss, - if never. A falling learning rate brings a run to its low losses only near its "
-        "end, so a run planned for just that loss would need fewer.",
-        tables, [draw_budgets(budgets)] if go else [])
+        "the best size and learning rate of a variant. Numbers are means over seeds, with 95 % "
+        "intervals by Student's t where there are several. Beside sgatlin its best rival comes "
+        "first: a ratio below 1 is in sgatlin's favour. Seconds are those of the steps, without "
+        "evaluations, at the pace of the median step. Bits per byte after the same seconds are "
+        "those of runs that ended, linear between budgets, - beyond them.",
+        [table for table in tables if table], [draw_budgets(budgets)] if go else [])
 
 
 def draw_budgets(budgets: dict[float, list[Group]]):
-    """Loss against FLOPs: a line through the best size of each variant, and all seeds as points."""
-    figure = go.Figure(layout=dict(title="Validation loss at equal FLOPs", height=520))
-    figure.update_xaxes(title="FLOPs of training", type="log")
-    figure.update_yaxes(title="validation loss")
-    lines = defaultdict(list)
-    points = defaultdict(list)
+    """Loss against FLOPs and bits per byte against seconds, of the best group of each variant.
+
+    A line goes through the means; of the loss all seeds are points.
+    """
+    chosen = defaultdict(list)
     for groups in budgets.values():
-        for variant, group in best_sizes(groups).items():
-            lines[variant].append(group)
-        for group in groups:
-            points[group.variant] += [(group.budget, loss) for loss in group.losses]
-    for colour, variant in zip(itertools.cycle(COLOURS), sorted(lines)):
-        figure.add_scatter(x=[group.budget for group in lines[variant]],
-                           y=[group.loss for group in lines[variant]], name=variant, mode="lines",
-                           legendgroup=variant, line=dict(color=colour))
-        figure.add_scatter(x=[budget for budget, _ in points[variant]],
-                           y=[loss for _, loss in points[variant]], name=variant, mode="markers",
-                           legendgroup=variant, showlegend=False,
-                           marker=dict(color=colour, size=6, opacity=0.6))
+        for variant, group in best_of_variants(groups).items():
+            chosen[variant].append(group)
+    figure = make_subplots(rows=1, cols=2)
+    figure.update_layout(title="Trained with equal FLOPs", height=480)
+    figure.update_xaxes(title="FLOPs of training", type="log", row=1, col=1)
+    figure.update_yaxes(title="validation loss, nats per token", row=1, col=1)
+    figure.update_xaxes(title="seconds of training", type="log", row=1, col=2)
+    figure.update_yaxes(title="bits per byte", row=1, col=2)
+    in_seconds = trade(budgets)
+    for colour, (variant, groups) in zip(itertools.cycle(COLOURS), chosen.items()):
+        marks = dict(legendgroup=variant, name=variant, marker=dict(color=colour, size=6))
+        figure.add_scatter(x=[group.budget for group in groups],
+                           y=[group.loss for group in groups], mode="lines", **marks, row=1, col=1)
+        points = [(group.budget, loss) for group in groups for loss in group.losses]
+        figure.add_scatter(x=[budget for budget, _ in points], y=[loss for _, loss in points],
+                           mode="markers", showlegend=False, **marks, row=1, col=1)
+        seconds, bits = in_seconds.get(variant, ([], []))
+        figure.add_scatter(x=seconds, y=bits, mode="lines+markers", showlegend=False, **marks,
+                           row=1, col=2)
     return figure
 
 

@@ -2006,6 +2006,31 @@ def test_usage_is_that_of_the_choices(data, trained):
         assert entry["gini"][layer] == pytest.approx(differences / (2 * load.mean()), abs=1e-5)
 
 
+def test_induction_is_that_of_the_patterns(trained, monkeypatch):
+    """The log's score against the patterns that the model's own attention uses."""
+    model, _ = load_model(trained / "ckpt.pt", "cpu")
+    patterns = []
+    functional = torch.nn.functional
+    attention = functional.scaled_dot_product_attention
+
+    def spy(q, k, v, is_causal):
+        eye = torch.eye(k.shape[2]).expand(*k.shape[:3], -1)        # values that tell places apart
+        patterns.append(attention(q, k, eye, is_causal=is_causal))  # (B, H, T, T)
+        return attention(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    with one_thread():
+        score = train.induction(model, contextlib.nullcontext())
+    n = 16                              # half of block_size
+    best = 0.0
+    for pattern in patterns:
+        for head in range(pattern.shape[1]):
+            paid = [pattern[b, head, n + t, t + 1].item() for b in range(8) for t in range(n)]
+            best = max(best, sum(paid) / len(paid))
+    assert score == pytest.approx(best, rel=1e-5)
+    assert log(trained, "eval")[-1]["induction"] == pytest.approx(score, abs=2e-5)
+
+
 def test_data_order_is_a_function_of_seed_and_step(data):
     def new(seed):
         return train.Data(data, block_size=32, seed=seed)
@@ -2753,13 +2778,21 @@ def test_missing_values_are_dashes(tmp_path, capsys):
 
 def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x",
                until=20, **settings):
-    """The log of a run of 20 steps, with three evaluations and these losses."""
+    """The log of a run of 20 steps, with three evaluations and these losses.
+
+    It slept for a day after its tenth step, and without that took `seconds`.
+    """
     cfg = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
     evals = [dict(step=s, tokens=10 * s, flops=100 * s, seconds=seconds * s / 20, train_loss=9.0,
                   val_loss=loss, val_bits_per_byte=loss / 2)
              for s, loss in zip((0, 10, until), losses)]
     write_log(folder / "log.jsonl", cfg, evals, data=dict(fingerprint=fingerprint),
               versions=dict(machine=machine, processes=1))
+    with open(folder / "log.jsonl", "a") as file:
+        for step in (0, 5, 10, 15, 20):
+            slept = 86_400 if step > 10 else 0
+            entry = dict(event="step", step=step, seconds=seconds * step / 20 + slept)
+            file.write("\n" + json.dumps(entry))
     return folder
 
 
@@ -2768,36 +2801,50 @@ def test_isoflop(tmp_path):
             budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
             budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), n_layer=2),
             budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
-            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5)),
-            budget_run(tmp_path / "f", "mlp", (8, 5, 3.3), flops=2e12)]
+            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
+            budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1),
+            budget_run(tmp_path / "g", "mlp", (8, 5, 3.4), seconds=80, learning_rate=2e-3),
+            budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12)]
     section = analyze.isoflop_section(runs)
-    rivals, table, _ = section.tables
-    assert [row[:2] + row[8:11] for row in table.rows] == [
+    rivals, in_time, table, _ = section.tables
+    wide = 12.706                                   # Student's t with one degree of freedom
+    assert [row[:2] + row[9:12] for row in table.rows] == [
         ["sgatlin swish no norm", "*", 1, 2.5, (None, None)],
-        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx((3, 12.706 * 0.02**0.5 / 2**0.5))],
-        ["sgatlin", "", 1, 3.2, (None, None)], ["mlp", "*", 1, 3.5, (None, None)]]
+        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx((3, wide * 0.02**0.5 / 2**0.5))],
+        ["sgatlin", "", 1, 3.2, (None, None)],
+        ["mlp", "*", 1, 3.4, (None, None)],
+        ["mlp", "", 2, pytest.approx(3.45), pytest.approx((3.45, wide * 0.005**0.5 / 2**0.5))]]
     model = on_meta(GPTConfig())
-    assert table.rows[1][2:8] == ["4 x 256, 8 x 1024 k 8 d_key 128", f"{tmp_path}/a",
+    assert table.rows[1][2:9] == ["4 x 256, 8 x 1024 k 8 d_key 128", "0.001", f"{tmp_path}/a",
                                   *model.num_params(), 200, 20]
-    assert table.rows[1][11:] == pytest.approx([math.exp(3), 1.5, 100])
-    for row, expected in zip(rivals.rows, (
-            ["sgatlin swish no norm", math.exp(3), math.exp(2.5), math.exp(0.5), 100, None],
-            ["mlp", math.exp(3), math.exp(3.5), math.exp(-0.5), 100,
-             (50 + 50 * 0.7 / 1.1 + 50 + 50 * 0.3 / 0.9) / 2]), strict=True):
-        assert row == ["1e+12", expected[0], *map(pytest.approx, expected[1:5]),
-                       expected[5] and pytest.approx(expected[5])]
+    assert table.rows[1][12:] == pytest.approx([math.exp(3), 1.5, 100])
+    assert rivals.rows == [
+        ["1e+12", "sgatlin swish no norm", *map(pytest.approx, np.exp([3, 2.5, 0.5])),
+         (pytest.approx(0.5), None)],
+        ["1e+12", "mlp", *map(pytest.approx, np.exp([3, 3.4, -0.4])), (pytest.approx(-0.4), None)]]
+    assert in_time.header == ["seconds", "sgatlin swish no norm", "sgatlin", "mlp"]
+    assert in_time.rows == [[pytest.approx(x) for x in (100, 1.25, 1.5, (1.7 + 1.5) / 2)]]
+    # Against two seeds the difference has an interval; beyond a rival's seconds it is not known.
+    slow = budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=90, flops=2e12)
+    rivals, in_time, *_ = analyze.isoflop_section([*runs[:6], slow]).tables
+    half = wide * (0.02 / 2 + 0.005 / 2)**0.5
+    assert rivals.rows[1][5] == pytest.approx((-0.45, half))
+    assert in_time.rows[0][3] is None
     budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
-    assert analyze.isoflop_section(runs).tables[0].rows[1][6] is None       # another machine
+    captions = [table.caption for table in analyze.isoflop_section(runs).tables]
+    assert "Bits per byte after the same seconds" not in captions       # two machines
     pytest.importorskip("plotly")
-    traces = {(d.name, d.mode): (list(d.x), list(d.y)) for d in section.figures[0].data}
-    assert traces["sgatlin", "lines"] == ([1e12], [3]) and len(traces["sgatlin", "markers"][0]) == 3
-    assert traces["mlp", "lines"] == ([1e12, 2e12], [3.5, 3.3])
+    traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in section.figures[0].data]
+    assert ("sgatlin", "lines", [1e12], [3]) in traces
+    assert ("sgatlin", "markers", [1e12, 1e12], [3.1, 2.9]) in traces
+    assert ("mlp", "lines", [1e12, 2e12], [3.4, 3.0]) in traces
+    assert ("mlp", "lines+markers", [80, 120], [1.7, 1.5]) in traces
 
 
 @pytest.mark.parametrize("other, message", [
     (dict(fingerprint="y"), "a and .*b are not comparable: data=x and y"),
     (dict(eval_sequences=64), "a and .*b are not comparable: eval_sequences=128 and 64"),
-    (dict(learning_rate=1.0), "learning_rate=0.001 and 1.0"),
+    (dict(weight_decay=1.0), "weight_decay=0.1 and 1.0"),
     (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
     (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
     ({}, "a and .*b are the same run, with seed=1337")])

@@ -51,7 +51,7 @@ from torch.utils.benchmark import Timer
 
 import kernels
 import prepare_data
-from model import FFN, GPT, GPTConfig, load_checkpoint, save_checkpoint, stream
+from model import FFN, GPT, GPTConfig, load_checkpoint, rotate, save_checkpoint, stream
 
 
 @dataclass
@@ -539,6 +539,45 @@ def usage(counts: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def induction(model: GPT, autocast: contextlib.AbstractContextManager) -> float:
+    """The prefix-matching score of the best head, between 0 and 1 (Olsson et al., 2209.11895).
+
+    On random tokens that are repeated once, the attention that a token of the repeat pays to the
+    one after its first occurrence, on average. A head with a high score can copy: what followed a
+    word the last time, it expects again. The loss falls steeply when the first such head forms.
+    """
+    n = min(64, model.cfg.block_size // 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.cfg.vocab_size, (8, n), generator=generator)
+    tokens = torch.cat((tokens, tokens), dim=1).to(model.rope.device)      # (8, 2n)
+
+    recorded = []           # of each layer its queries and its keys, before rotation
+    handles = []
+    for block in model.blocks:
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            handle = norm.register_forward_hook(lambda _, args, output: recorded.append(output))
+            handles.append(handle)
+    try:
+        with autocast:
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    best = 0.0
+    t = torch.arange(n)     # places of the first occurrences
+    for layer in range(model.cfg.n_layer):
+        q = rotate(recorded[2 * layer].float(), model.rope[:, :2 * n])     # (8, H, 2n, Dh)
+        k = rotate(recorded[2 * layer + 1].float(), model.rope[:, :2 * n])
+        logits = q @ k.transpose(2, 3) / model.cfg.d_head ** 0.5           # (8, H, 2n, 2n)
+        future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+        pattern = logits.masked_fill(future, -math.inf).softmax(dim=3)
+        of_heads = pattern[:, :, n + t, t + 1].mean(dim=(0, 2))            # (H,)
+        best = max(best, of_heads.max().item())
+    return best
+
+
+@torch.no_grad()
 def evaluate(model: GPT, data: Data, cfg: TrainConfig, autocast: contextlib.AbstractContextManager,
              rank: int, world: int) -> dict:
     """Mean validation loss in nats per token, over all processes, and how its routers chose."""
@@ -562,7 +601,8 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, autocast: contextlib.Abst
             model(x.to(device))
     val_loss = sum_over_processes(total).item() / len(starts)
     bits = val_loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
-    result = dict(val_loss=val_loss, val_bits_per_byte=bits)
+    result = dict(val_loss=val_loss, val_bits_per_byte=bits,
+                  induction=round(induction(model, autocast), 5))
     if counts:
         shares = [usage(sum_over_processes(count)) for count in counts]
         result["used"] = [round(used, 5) for used, _ in shares]
@@ -795,6 +835,7 @@ def main(argv: list[str] | None = None) -> None:
                 if due and rank == 0:
                     print(f"step {step:6}/{cfg.steps} | validation loss {result['val_loss']:.4f} | "
                           f"{result['val_bits_per_byte']:.4f} bits per byte | "
+                          f"induction {result['induction']:.2f} | "
                           f"saved {cfg.out_dir}/ckpt.pt", flush=True)
                 if stop or step == cfg.steps:
                     break
