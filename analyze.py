@@ -78,7 +78,7 @@ class Mistake(ValueError):
 class Estimate(NamedTuple):
     """A mean and half its 95 % confidence interval, or, where said, its standard deviation."""
     mean: float | None      # None: unknown
-    half: float | None
+    half: float | None      # None: unknown
 
 
 def jackknife(values: np.ndarray, belongs: np.ndarray) -> Estimate:
@@ -116,7 +116,10 @@ def cell(value) -> str:
     if value is None:
         return "-"
     if isinstance(value, Estimate):
-        return "-" if value.mean is None else f"{value.mean:.3f} ± {value.half:.3f}"
+        if value.mean is None:
+            return "-"
+        half = "?" if value.half is None else f"{value.half:.3f}"
+        return f"{value.mean:.3f} ± {half}"
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, int):

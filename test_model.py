@@ -2796,7 +2796,7 @@ def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", finge
     return folder
 
 
-def test_isoflop(tmp_path):
+def test_isoflop(tmp_path, capsys):
     runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
             budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
             budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), n_layer=2),
@@ -2831,6 +2831,8 @@ def test_isoflop(tmp_path):
     assert rivals.rows[1][5] == pytest.approx((-0.45, half))
     assert in_time.rows[0][3] is None
     budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
+    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
+    assert "-0.400 ± ?" in capsys.readouterr().out                      # of one seed
     captions = [table.caption for table in analyze.isoflop_section(runs).tables]
     assert "Bits per byte after the same seconds" not in captions       # two machines
     pytest.importorskip("plotly")
