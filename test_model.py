@@ -2067,6 +2067,7 @@ def test_schedule_and_optimizer_are_those_of_the_paper():
     model = GPT(GPTConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, ffn="swiglu"))
     decayed = {}
     for group in train.make_optimizer(model, cfg).param_groups:
+        assert group["betas"] == (0.9, 0.999)
         for p in group["params"]:
             decayed[id(p)] = group["weight_decay"]
     for name, p in model.named_parameters():
