@@ -209,7 +209,7 @@ class Attention(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # feedforward layers: forward (B, T, D) -> (B, T, D), flops() of one token, forward matmuls only,
-# and settings: the fields of GPTConfig that the layer reads beside d_model
+# and settings: those that change something in this layer and nothing in some other
 
 ROUTERS = {     # name: (product keys?, one query for all channels?)
     "product_dense": (True, True),
@@ -296,7 +296,7 @@ class SparselyGatedLinear(nn.Module):
     """
 
     settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation",
-                "softmax_gates", "shared_pool")
+                "softmax_gates", "shared_pool", "table_rate")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -333,7 +333,7 @@ class SparselyGatedLinear(nn.Module):
 class PEER(nn.Module):
     """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (2407.04153)."""
 
-    settings = ("n_channels", "n_experts", "top_k", "d_key")
+    settings = ("n_channels", "n_experts", "top_k", "d_key", "table_rate")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()

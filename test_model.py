@@ -1604,11 +1604,13 @@ def test_an_older_checkpoint_goes_on(data, trained, tmp_path):
     """It numbered the parameters in the optimizer's state, and had settings that are no more."""
     out = run(tmp_path, *SMALL, f"--data_dir={data}", "--steps=7", "--decay_fraction=0")
     state = load(out)
-    names = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
+    names = [name for name, p in state["model"].items() if p.ndim > 1]
+    n_matrices = len(names)
+    names += [name for name, p in state["model"].items() if p.ndim <= 1]
     place = {name: i for i, name in enumerate(names)}
     moments = {place[name]: value for name, value in state["optimizer"]["state"].items()}
-    groups = [group | dict(params=[place[name] for name in group["params"]])
-              for group in state["optimizer"]["param_groups"]]
+    groups = [dict(lr=1e-3, weight_decay=0.1, params=list(range(n_matrices))),
+              dict(lr=1e-3, weight_decay=0.0, params=list(range(n_matrices, len(names))))]
     change(out, optimizer=dict(state=moments, param_groups=groups),
            config=state["config"] | dict(zero=True, fused=True))
     run(out, "--resume", "--steps=20")
@@ -1977,9 +1979,9 @@ def test_a_new_layer_trains_at_once(data, tmp_path, capsys, monkeypatch):
 
 
 def test_settings_of_other_layers_are_named():
-    given = dict(d_ff=5, top_k=2, router="key", d_model=32)
-    assert train.idle_settings(given, "mlp") == ["top_k", "router"]
-    assert train.idle_settings(given, "moe") == ["router"]
+    given = dict(d_ff=5, top_k=2, router="key", d_model=32, table_rate=0.5)
+    assert train.idle_settings(given, "mlp") == ["top_k", "router", "table_rate"]
+    assert train.idle_settings(given, "moe") == ["router", "table_rate"]
     assert train.idle_settings(given, "sgatlin") == ["d_ff"]
 
 
@@ -2072,6 +2074,23 @@ def test_schedule_and_optimizer_are_those_of_the_paper():
             decayed[id(p)] = group["weight_decay"]
     for name, p in model.named_parameters():
         assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
+
+
+def test_tables_have_a_learning_rate_of_their_own():
+    """The first step of AdamW changes a parameter by its learning rate, up or down."""
+    cfg = train.TrainConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, n_experts=64, top_k=4,
+                            n_channels=2, d_key=16, table_rate=0.25, weight_decay=0.0)
+    torch.manual_seed(0)
+    model = GPT(cfg)
+    optimizer = train.make_optimizer(model, cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train.set_learning_rate(optimizer, 1e-3, cfg)
+    x = torch.randint(30, (4, 16))
+    model(x, x.roll(-1, 1))[1].backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        lr = 2.5e-4 if name.endswith((".w_in", ".w_out")) else 1e-3
+        assert (p - before[name]).abs().max().item() == pytest.approx(lr, rel=1e-2), name
 
 
 @one_thread()

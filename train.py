@@ -67,6 +67,7 @@ class TrainConfig(GPTConfig):
     batch_size: int = 64            # sequences per optimizer step, over all processes
     micro_batch_size: int = 32      # sequences per process at a time; lower it when memory runs out
     learning_rate: float = 1e-3     # the highest of the schedule (AdamW, betas 0.9 and 0.999)
+    table_rate: float = 1.0         # learning rate of w_in and w_out, relative; sgatlin, peer
     weight_decay: float = 0.1       # of tensors of more than one dimension
     warmup_steps: int = 100         # of linear rise from 0
     decay_fraction: float = 0.2     # share of the steps, at the end, of a fall as 1 - sqrt
@@ -83,7 +84,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences",
-                     "log_interval", "learning_rate"):
+                     "log_interval", "learning_rate", "table_rate"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be positive and finite")
@@ -355,12 +356,37 @@ def schedule(step: int, cfg: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay is for matrices, not for biases and the scales of norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW; weight decay is for matrices, not for biases and the scales of norms.
+
+    The groups are matrices, vectors and, where the model has any, tables of neurons.
+    """
+    matrices = []
+    vectors = []
+    tables = []
+    for name, p in model.named_parameters():
+        if name.endswith(("w_in", "w_out")):        # of sgatlin and peer
+            tables.append(p)
+        elif p.ndim > 1:
+            matrices.append(p)
+        else:
+            vectors.append(p)
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
+    if tables:
+        groups.append(dict(params=tables, weight_decay=cfg.weight_decay))
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, cfg: TrainConfig) -> None:
+    """Tables of neurons have a rate of their own: lr * table_rate.
+
+    A neuron is chosen rarely, and AdamW makes a large step of a gradient that is rare, for it
+    divides by the root of the mean square. Large steps of many neurons are noise to the rest.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if len(optimizer.param_groups) == 3:
+        optimizer.param_groups[2]["lr"] = lr * cfg.table_rate
 
 
 def clip_gradients(model: nn.Module, cfg: TrainConfig) -> float:
@@ -630,18 +656,20 @@ def save(model: GPT, optimizer: torch.optim.Optimizer, cfg: TrainConfig, data: D
 
 
 def load_optimizer(state: dict, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer from what a checkpoint has of it."""
+    """Restores the moments and step counts of a checkpoint; what the groups are, settings say."""
     if not state or not state["state"]:
         return              # it was saved before the first step
-    if 0 in state["state"]:     # an older train.py numbered the parameters
+    moments = state["state"]                            # by the names of parameters
+    if 0 in moments:                                    # an older train.py numbered them
         names = [name for name, p in model.named_parameters() if p.ndim > 1]
         names += [name for name, p in model.named_parameters() if p.ndim <= 1]
-        groups = []
-        for group in state["param_groups"]:
-            groups.append(group | dict(params=[names[i] for i in group["params"]]))
-        state = dict(state={names[i]: moments for i, moments in state["state"].items()},
-                     param_groups=groups)
-    set_optimizer_state_dict(model, optimizer, state, options=FULL)
+        moments = {names[i]: values for i, values in moments.items()}
+    name_of = {p: name for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append(group | dict(params=[name_of[p] for p in group["params"]]))
+    set_optimizer_state_dict(model, optimizer, dict(state=moments, param_groups=groups),
+                             options=FULL)
 
 
 def append_log(cfg: TrainConfig, **entry) -> None:
@@ -843,8 +871,7 @@ def main(argv: list[str] | None = None) -> None:
                 # Learning rate.
                 began = time.perf_counter()
                 lr = schedule(step, cfg)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                set_learning_rate(optimizer, lr, cfg)
 
                 # Forward and backward, one micro-batch at a time.
                 mine = data.train_starts(step, cfg.batch_size).reshape(world, -1)[rank]
