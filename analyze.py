@@ -2494,7 +2494,8 @@ def check_comparable(logs: list[Log]) -> None:
 
 def group_key(log: Log) -> tuple:
     """What runs that differ by their seeds have in common."""
-    return log.settings["flops"], repr(log.cfg), log.settings["learning_rate"]
+    rates = log.settings["learning_rate"], log.settings["table_rate"]
+    return log.settings["flops"], repr(log.cfg), rates
 
 
 class Group:
@@ -2504,7 +2505,9 @@ class Group:
         self.logs = logs
         self.cfg = logs[0].cfg
         self.budget = logs[0].settings["flops"]
-        self.learning_rate = logs[0].settings["learning_rate"]
+        self.rates = f"{logs[0].settings['learning_rate']:g}"
+        if logs[0].settings["table_rate"] != 1:
+            self.rates += f", of tables {logs[0].settings['table_rate']:g} of it"
         self.variant = variant_name(self.cfg)
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)
@@ -2538,7 +2541,7 @@ class Group:
             total, active = GPT(self.cfg).num_params()
         last = self.logs[0].evals[-1]
         return [f"{self.cfg.n_layer} x {self.cfg.d_model}, {layer_sizes(self.cfg)}",
-                f"{self.learning_rate:g}", str(self.logs[0].run), total, active,
+                self.rates, str(self.logs[0].run), total, active,
                 last.get("tokens"), last["step"], len(self.losses), self.loss, self.interval(),
                 math.exp(self.loss), self.bits, self.seconds]
 

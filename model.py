@@ -37,7 +37,7 @@ import kernels
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 8192          # tokens in the vocabulary
+    vocab_size: int = 4096          # tokens in the vocabulary
     block_size: int = 1024          # longest context, in tokens
     n_layer: int = 4                # transformer blocks
     d_model: int = 256              # width of the residual stream; a multiple of d_head

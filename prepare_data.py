@@ -52,6 +52,7 @@ except ModuleNotFoundError:  # Windows has no such locks
 DATA = Path("data")
 EOT = "<|endoftext|>"
 BYTES = {bytes([byte]): byte for byte in range(256)}  # the ranks that every BPE starts from
+VOCAB_SIZE = 4096       # of the bpe, <|endoftext|> included
 VAL_FRACTION = 0.05
 
 # Pre-tokenisation, after tiktoken's cl100k_base: words with the one sign or blank before them,
@@ -610,7 +611,7 @@ def workspace(out_dir):
                 out_dir.rmdir()
 
 
-def prepare(sources, out_dir, tokenizer="bpe", vocab_size=8192, val_fraction=None,
+def prepare(sources, out_dir, tokenizer="bpe", vocab_size=VOCAB_SIZE, val_fraction=None,
             site_packages=False):
     """Make the data set of the sources (as on the command line) in out_dir.
 
@@ -684,7 +685,7 @@ def parse_arguments():
     parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe",
                         help="default: bpe")
     parser.add_argument("--vocab_size", type=int,
-                        help=f"of the bpe, {EOT} included; default: 8192")
+                        help=f"of the bpe, {EOT} included; default: {VOCAB_SIZE}")
     parser.add_argument("--out_dir", help="default: data/ and the name of the first source; "
                         "data/packages with --site_packages")
     parser.add_argument("--val_fraction", type=float,
@@ -696,7 +697,7 @@ def parse_arguments():
     if args.vocab_size is not None and args.tokenizer != "bpe":
         parser.error(f"--vocab_size is for the bpe; {args.tokenizer} has its own")
     if args.vocab_size is None:
-        args.vocab_size = 8192
+        args.vocab_size = VOCAB_SIZE
     if not args.source:
         args.source = ["python"]
     if args.out_dir is None and args.site_packages:

@@ -2819,7 +2819,7 @@ def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", finge
 def test_isoflop(tmp_path, capsys):
     runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
             budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
-            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), n_layer=2),
+            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), table_rate=0.5),
             budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
             budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
             budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1),
@@ -2837,6 +2837,7 @@ def test_isoflop(tmp_path, capsys):
     model = on_meta(GPTConfig())
     assert table.rows[1][2:9] == ["4 x 256, 8 x 1024 k 8 d_key 128", "0.001", f"{tmp_path}/a",
                                   *model.num_params(), 200, 20]
+    assert table.rows[2][3] == "0.001, of tables 0.5 of it"
     assert table.rows[1][12:] == pytest.approx([math.exp(3), 1.5, 100])
     assert rivals.rows == [
         ["1e+12", "sgatlin swish no norm", *map(pytest.approx, np.exp([3, 2.5, 0.5])),

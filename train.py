@@ -56,7 +56,7 @@ from model import FFN, GPT, GPTConfig, load_checkpoint, rotate, save_checkpoint,
 
 @dataclass
 class TrainConfig(GPTConfig):
-    vocab_size: int = 8192          # rows of the embedding; unless given, those of the tokenizer
+    vocab_size: int = 4096          # rows of the embedding; unless given, those of the tokenizer
     scale: int = 0                  # 1, 2, ...: sizes of the paper's ladder, unless they are given
     data_dir: str = "data/packages"     # folder made by prepare_data.py
     out_dir: str = "out"            # folder for the checkpoint and the log
@@ -104,9 +104,9 @@ class TrainConfig(GPTConfig):
 
 # The defaults above are for a GPU: the model, the optimizer and the schedule of the paper's
 # TinyStories study. These replace them on a CPU.
-CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, batch_size=8,
-                  micro_batch_size=8, steps=1100, warmup_steps=50, learning_rate=6e-3,
-                  eval_interval=100, eval_sequences=64, compile=False)
+CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, d_key=32, batch_size=8,
+                  micro_batch_size=8, steps=1530, warmup_steps=50, learning_rate=6e-3,
+                  table_rate=0.33, eval_interval=100, eval_sequences=64, compile=False)
 # Settings that may differ when a run is resumed.
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size",
              "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
