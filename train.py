@@ -381,7 +381,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, cfg: TrainCon
     """Tables of neurons have a rate of their own: lr * table_rate.
 
     A neuron is chosen rarely, and AdamW makes a large step of a gradient that is rare, for it
-    divides by the root of the mean square. Large steps of many neurons are noise to the rest.
+    divides by the root of the mean square. At a high rate such steps seem to disturb the rest.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
