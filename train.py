@@ -385,7 +385,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, cfg: TrainCon
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if len(optimizer.param_groups) == 3:
+    if len(optimizer.param_groups) == 3:        # the third holds the tables, see make_optimizer
         optimizer.param_groups[2]["lr"] = lr * cfg.table_rate
 
 
