@@ -2494,7 +2494,7 @@ def check_comparable(logs: list[Log]) -> None:
 
 def group_key(log: Log) -> tuple:
     """What runs that differ by their seeds have in common."""
-    rates = log.settings["learning_rate"], log.settings["table_rate"]
+    rates = log.settings["learning_rate"], log.settings["ffn_rate"]
     return log.settings["flops"], repr(log.cfg), rates
 
 
@@ -2506,8 +2506,8 @@ class Group:
         self.cfg = logs[0].cfg
         self.budget = logs[0].settings["flops"]
         self.rates = f"{logs[0].settings['learning_rate']:g}"
-        if logs[0].settings["table_rate"] != 1:
-            self.rates += f", of tables {logs[0].settings['table_rate']:g} of it"
+        if logs[0].settings["ffn_rate"] != 1:
+            self.rates += f", ffn {logs[0].settings['ffn_rate']:g} of it"
         self.variant = variant_name(self.cfg)
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)

@@ -296,7 +296,7 @@ class SparselyGatedLinear(nn.Module):
     """
 
     settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation",
-                "softmax_gates", "shared_pool", "table_rate")
+                "softmax_gates", "shared_pool")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -333,7 +333,7 @@ class SparselyGatedLinear(nn.Module):
 class PEER(nn.Module):
     """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (2407.04153)."""
 
-    settings = ("n_channels", "n_experts", "top_k", "d_key", "table_rate")
+    settings = ("n_channels", "n_experts", "top_k", "d_key")
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()

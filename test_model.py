@@ -1979,9 +1979,9 @@ def test_a_new_layer_trains_at_once(data, tmp_path, capsys, monkeypatch):
 
 
 def test_settings_of_other_layers_are_named():
-    given = dict(d_ff=5, top_k=2, router="key", d_model=32, table_rate=0.5)
-    assert train.idle_settings(given, "mlp") == ["top_k", "router", "table_rate"]
-    assert train.idle_settings(given, "moe") == ["router", "table_rate"]
+    given = dict(d_ff=5, top_k=2, router="key", d_model=32)
+    assert train.idle_settings(given, "mlp") == ["top_k", "router"]
+    assert train.idle_settings(given, "moe") == ["router"]
     assert train.idle_settings(given, "sgatlin") == ["d_ff"]
 
 
@@ -2076,20 +2076,21 @@ def test_schedule_and_optimizer_are_those_of_the_paper():
         assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
 
 
-def test_tables_have_a_learning_rate_of_their_own():
+@pytest.mark.parametrize("ffn", FFN)
+def test_feedforward_layers_have_a_learning_rate_of_their_own(ffn):
     """The first step of AdamW changes a parameter by its learning rate, up or down."""
     cfg = train.TrainConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, n_experts=64, top_k=4,
-                            n_channels=2, d_key=16, table_rate=0.25, weight_decay=0.0)
+                            n_channels=2, d_key=16, ffn=ffn, ffn_rate=0.25, weight_decay=0.0)
     torch.manual_seed(0)
     model = GPT(cfg)
     optimizer = train.make_optimizer(model, cfg)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train.set_learning_rate(optimizer, 1e-3, cfg)
+    train.set_learning_rate(optimizer, 1e-3)
     x = torch.randint(30, (4, 16))
     model(x, x.roll(-1, 1))[1].backward()
     optimizer.step()
     for name, p in model.named_parameters():
-        lr = 2.5e-4 if name.endswith((".w_in", ".w_out")) else 1e-3
+        lr = 2.5e-4 if name.startswith("blocks.0.ffn.") else 1e-3
         assert (p - before[name]).abs().max().item() == pytest.approx(lr, rel=1e-2), name
 
 
@@ -2819,7 +2820,7 @@ def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", finge
 def test_isoflop(tmp_path, capsys):
     runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
             budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
-            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), table_rate=0.5),
+            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), ffn_rate=0.5),
             budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
             budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
             budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1),
@@ -2837,7 +2838,7 @@ def test_isoflop(tmp_path, capsys):
     model = on_meta(GPTConfig())
     assert table.rows[1][2:9] == ["4 x 256, 8 x 1024 k 8 d_key 128", "0.001", f"{tmp_path}/a",
                                   *model.num_params(), 200, 20]
-    assert table.rows[2][3] == "0.001, of tables 0.5 of it"
+    assert table.rows[2][3] == "0.001, ffn 0.5 of it"
     assert table.rows[1][12:] == pytest.approx([math.exp(3), 1.5, 100])
     assert rivals.rows == [
         ["1e+12", "sgatlin swish no norm", *map(pytest.approx, np.exp([3, 2.5, 0.5])),

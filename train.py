@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class TrainConfig(GPTConfig):
     batch_size: int = 64            # sequences per optimizer step, over all processes
     micro_batch_size: int = 32      # sequences per process at a time; lower it when memory runs out
     learning_rate: float = 1e-3     # the highest of the schedule (AdamW, betas 0.9 and 0.999)
-    table_rate: float = 1.0         # learning rate of w_in and w_out, relative; sgatlin, peer
+    ffn_rate: float = 1.0           # learning rate of the feedforward layers, relative
     weight_decay: float = 0.1       # of tensors of more than one dimension
     warmup_steps: int = 100         # of linear rise from 0
     decay_fraction: float = 0.2     # share of the steps, at the end, of a fall as 1 - sqrt
@@ -84,7 +85,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences",
-                     "log_interval", "learning_rate", "table_rate"):
+                     "log_interval", "learning_rate", "ffn_rate"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be positive and finite")
@@ -106,7 +107,7 @@ class TrainConfig(GPTConfig):
 # TinyStories study. These replace them on a CPU.
 CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, d_key=32, batch_size=8,
                   micro_batch_size=8, steps=1530, warmup_steps=50, learning_rate=6e-3,
-                  table_rate=0.33, eval_interval=100, eval_sequences=64, compile=False)
+                  ffn_rate=0.33, eval_interval=100, eval_sequences=64, compile=False)
 # Settings that may differ when a run is resumed.
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size",
              "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
@@ -358,35 +359,27 @@ def schedule(step: int, cfg: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay is for matrices, not for biases and the scales of norms.
 
-    The groups are matrices, vectors and, where the model has any, tables of neurons.
+    The feedforward layers have a rate of their own: see set_learning_rate.
     """
-    matrices = []
-    vectors = []
-    tables = []
+    members = defaultdict(list)
     for name, p in model.named_parameters():
-        if name.endswith(("w_in", "w_out")):        # of sgatlin and peer
-            tables.append(p)
-        elif p.ndim > 1:
-            matrices.append(p)
-        else:
-            vectors.append(p)
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    if tables:
-        groups.append(dict(params=tables, weight_decay=cfg.weight_decay))
+        decay = cfg.weight_decay if p.ndim > 1 else 0.0
+        rate = cfg.ffn_rate if ".ffn." in name else 1.0
+        members[decay, rate].append(p)
+    groups = []
+    for (decay, rate), params in members.items():
+        groups.append(dict(params=params, weight_decay=decay, rate=rate))
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, cfg: TrainConfig) -> None:
-    """Tables of neurons have a rate of their own: lr * table_rate.
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets lr, times ffn_rate for the feedforward layers.
 
     A neuron is chosen rarely, and AdamW makes a large step of a gradient that is rare, for it
     divides by the root of the mean square. At a high rate such steps seem to disturb the rest.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    if len(optimizer.param_groups) == 3:        # the third holds the tables, see make_optimizer
-        optimizer.param_groups[2]["lr"] = lr * cfg.table_rate
+        group["lr"] = lr * group["rate"]
 
 
 def clip_gradients(model: nn.Module, cfg: TrainConfig) -> float:
@@ -871,7 +864,7 @@ def main(argv: list[str] | None = None) -> None:
                 # Learning rate.
                 began = time.perf_counter()
                 lr = schedule(step, cfg)
-                set_learning_rate(optimizer, lr, cfg)
+                set_learning_rate(optimizer, lr)
 
                 # Forward and backward, one micro-batch at a time.
                 mine = data.train_starts(step, cfg.batch_size).reshape(world, -1)[rank]
