@@ -26,6 +26,7 @@ n = sqrt(E) sub-keys, k top-k, J = C*k, R = C*E rows, V vocab, Q queries, M poin
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import html
 import itertools
@@ -54,7 +55,7 @@ from torch import Tensor, nn
 import kernels
 from model import GPT, MLP, PEER, GPTConfig, Router, SparselyGatedLinear, load_model
 from prepare_data import open_text
-from train import Data, TrainConfig, keep_memory
+from train import Data, TrainConfig, idle_settings, keep_memory
 
 # Extras are imported before anything is computed. Whatever goes wrong counts as missing: it may be
 # another package of that name, or have a dependency that does not load.
@@ -2494,8 +2495,11 @@ def check_comparable(logs: list[Log]) -> None:
 
 def group_key(log: Log) -> tuple:
     """What runs that differ by their seeds have in common."""
+    model = dataclasses.asdict(log.cfg)
+    for name in idle_settings(model, log.cfg.ffn):      # those of other layers do not count
+        del model[name]
     rates = log.settings["learning_rate"], log.settings["ffn_rate"]
-    return log.settings["flops"], repr(log.cfg), rates
+    return log.settings["flops"], repr(model), rates
 
 
 class Group:

@@ -2823,7 +2823,7 @@ def test_isoflop(tmp_path, capsys):
             budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), ffn_rate=0.5),
             budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
             budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
-            budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1),
+            budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1, d_key=32),
             budget_run(tmp_path / "g", "mlp", (8, 5, 3.4), seconds=80, learning_rate=2e-3),
             budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12)]
     section = analyze.isoflop_section(runs)
