@@ -359,9 +359,9 @@ def schedule(step: int, cfg: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay is for matrices, not for biases and the scales of norms.
 
-    The feedforward layers have a rate of their own: see set_learning_rate.
+    Each group has, beside AdamW's own settings, the `rate` that set_learning_rate multiplies by.
     """
-    members = defaultdict(list)
+    members = defaultdict(list)     # of each group, by its weight decay and its rate
     for name, p in model.named_parameters():
         decay = cfg.weight_decay if p.ndim > 1 else 0.0
         rate = cfg.ffn_rate if ".ffn." in name else 1.0
