@@ -18,7 +18,7 @@ COMMAND.html and COMMAND.json to out_dir. Pictures need plotly; the map is bette
 
 Every study is a chapter that can be read alone: what it asks, a function that computes, one that
 makes a section of the report, and its command. To drop one, delete it, and its lines in run_report
-and parse_args.
+and parse_args; ruff check then names what another chapter took from it.
 
 Letters: W windows, T time, N = W*T tokens, L layers, D d_model, C channels, E neurons per channel,
 n = sqrt(E) sub-keys, k top-k, J = C*k, R = C*E rows, V vocab, Q queries, M points, F facts.
