@@ -2503,7 +2503,8 @@ def group_key(log: Log) -> tuple:
 
 
 class Group:
-    """Runs of one model with one budget that differ by their seeds; numbers are means over them."""
+    """Runs of one model with one budget that differ by their seeds; numbers are means over them,
+    seconds a median: another program may have slowed down one of them."""
 
     def __init__(self, logs: list[Log]):
         self.logs = logs
@@ -2515,8 +2516,10 @@ class Group:
         self.variant = variant_name(self.cfg)
         self.losses = [log.evals[-1]["val_loss"] for log in logs]
         self.loss = statistics.fmean(self.losses)
-        self.bits = mean_of_known([log.evals[-1].get("val_bits_per_byte") for log in logs])
-        self.seconds = mean_of_known([training_seconds(log) for log in logs])
+        bits = [log.evals[-1].get("val_bits_per_byte") for log in logs]
+        self.bits = None if None in bits else statistics.fmean(bits)
+        seconds = [training_seconds(log) for log in logs]
+        self.seconds = None if None in seconds else statistics.median(seconds)
 
     def variance_of_mean(self) -> float:
         """Of the loss, over seeds; at least two."""
@@ -2548,10 +2551,6 @@ class Group:
                 self.rates, str(self.logs[0].run), total, active,
                 last.get("tokens"), last["step"], len(self.losses), self.loss, self.interval(),
                 math.exp(self.loss), self.bits, self.seconds]
-
-
-def mean_of_known(values: list[float | None]) -> float | None:
-    return None if None in values else statistics.fmean(values)
 
 
 def training_seconds(log: Log) -> float | None:
@@ -2631,18 +2630,20 @@ def trade(budgets: dict[float, list[Group]]) -> dict[str, tuple[list, list]]:
 
 
 def same_seconds(budgets: dict[float, list[Group]]) -> Table | None:
-    """Bits per byte of all variants after the seconds that sgatlin took for each budget."""
-    points = trade(budgets)
-    if "sgatlin" not in points:
+    """Bits per byte after the same seconds: of the variants with several budgets, on the lines that
+    draw_budgets draws, at both ends and in the middle of the time that all these lines cover."""
+    lines = {variant: line for variant, line in trade(budgets).items() if len(line[0]) > 1}
+    start = max((seconds[0] for seconds, _ in lines.values()), default=0)
+    end = min((seconds[-1] for seconds, _ in lines.values()), default=0)
+    if start >= end:
         return None
     rows = []
-    for seconds in points["sgatlin"][0]:
-        row = [seconds]
-        for at, bits in points.values():
-            inside = at[0] <= seconds <= at[-1]
-            row.append(float(np.interp(seconds, at, bits)) if inside else None)
+    for at in np.geomspace(start, end, 3):
+        row = [float(at)]
+        for seconds, bits in lines.values():
+            row.append(float(np.interp(math.log(at), np.log(seconds), bits)))
         rows.append(row)
-    return Table("Bits per byte after the same seconds", ["seconds", *points], rows)
+    return Table("Bits per byte after the same seconds", ["seconds", *lines], rows)
 
 
 def isoflop_section(runs: list[Path]) -> Section:
@@ -2676,8 +2677,9 @@ def isoflop_section(runs: list[Path]) -> Section:
         "the best size and learning rate of a variant. Numbers are means over seeds, with 95 % "
         "intervals by Student's t where there are several. Beside sgatlin its best rival comes "
         "first: a ratio below 1 is in sgatlin's favour. Seconds are those of the steps, without "
-        "evaluations, at the pace of the median step. Bits per byte after the same seconds are "
-        "those of runs that ended, linear between budgets, - beyond them.",
+        "evaluations, at the pace of the median step, and the median over seeds. Bits per byte "
+        "after the same seconds are read off straight lines between the budgets, on a logarithmic "
+        "axis of seconds.",
         [table for table in tables if table], [draw_budgets(budgets)] if go else [])
 
 

@@ -2825,9 +2825,10 @@ def test_isoflop(tmp_path, capsys):
             budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
             budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1, d_key=32),
             budget_run(tmp_path / "g", "mlp", (8, 5, 3.4), seconds=80, learning_rate=2e-3),
-            budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12)]
+            budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12),
+            budget_run(tmp_path / "i", "sgatlin", (8, 5, 2.0), seconds=400, flops=2e12)]
     section = analyze.isoflop_section(runs)
-    rivals, in_time, table, _ = section.tables
+    rivals, in_time, table, *_ = section.tables
     wide = 12.706                                   # Student's t with one degree of freedom
     assert [row[:2] + row[9:12] for row in table.rows] == [
         ["sgatlin swish no norm", "*", 1, 2.5, (None, None)],
@@ -2840,18 +2841,23 @@ def test_isoflop(tmp_path, capsys):
                                   *model.num_params(), 200, 20]
     assert table.rows[2][3] == "0.001, ffn 0.5 of it"
     assert table.rows[1][12:] == pytest.approx([math.exp(3), 1.5, 100])
-    assert rivals.rows == [
+    assert rivals.rows[:2] == [
         ["1e+12", "sgatlin swish no norm", *map(pytest.approx, np.exp([3, 2.5, 0.5])),
          (pytest.approx(0.5), None)],
         ["1e+12", "mlp", *map(pytest.approx, np.exp([3, 3.4, -0.4])), (pytest.approx(-0.4), None)]]
-    assert in_time.header == ["seconds", "sgatlin swish no norm", "sgatlin", "mlp"]
-    assert in_time.rows == [[pytest.approx(x) for x in (100, 1.25, 1.5, (1.7 + 1.5) / 2)]]
-    # Against two seeds the difference has an interval; beyond a rival's seconds it is not known.
+    # From 100 to 400 seconds sgatlin falls from 1.5 to 1 bit, from 80 to 120 the MLP from 1.7 to
+    # 1.5, both in the logarithm of seconds; the variant without a second budget has no line.
+    assert in_time.header == ["seconds", "sgatlin", "mlp"]
+    for row, seconds in zip(in_time.rows, (100, 12000**0.5, 120)):
+        ours = 1.5 - 0.5 * math.log(seconds / 100, 4)
+        its = 1.7 - 0.2 * math.log(seconds / 80, 1.5)
+        assert row == pytest.approx([seconds, ours, its])
+    # Against two seeds the difference has an interval. Lines without common seconds: no table.
     slow = budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=90, flops=2e12)
-    rivals, in_time, *_ = analyze.isoflop_section([*runs[:6], slow]).tables
+    rivals, table, *_ = analyze.isoflop_section([*runs[:6], slow, runs[-1]]).tables
     half = wide * (0.02 / 2 + 0.005 / 2)**0.5
     assert rivals.rows[1][5] == pytest.approx((-0.45, half))
-    assert in_time.rows[0][3] is None
+    assert table.caption == "1e+12 FLOPs: validation loss"
     budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
     analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
     assert "-0.400 ± ?" in capsys.readouterr().out                      # of one seed
@@ -2859,8 +2865,8 @@ def test_isoflop(tmp_path, capsys):
     assert "Bits per byte after the same seconds" not in captions       # two machines
     pytest.importorskip("plotly")
     traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in section.figures[0].data]
-    assert ("sgatlin", "lines", [1e12], [3]) in traces
-    assert ("sgatlin", "markers", [1e12, 1e12], [3.1, 2.9]) in traces
+    assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
+    assert ("sgatlin", "markers", [1e12, 1e12, 2e12], [3.1, 2.9, 2]) in traces
     assert ("mlp", "lines", [1e12, 2e12], [3.4, 3.0]) in traces
     assert ("mlp", "lines+markers", [80, 120], [1.7, 1.5]) in traces
 
