@@ -2694,7 +2694,8 @@ def draw_budgets(budgets: dict[float, list[Group]]):
             chosen[variant].append(group)
     figure = make_subplots(rows=1, cols=2)
     figure.update_layout(title="Trained with equal FLOPs", height=480)
-    figure.update_xaxes(title="FLOPs of training", type="log", row=1, col=1)
+    figure.update_xaxes(title="FLOPs of training", type="log", tickvals=list(budgets),
+                        ticktext=[f"{budget:g}" for budget in budgets], row=1, col=1)
     figure.update_yaxes(title="validation loss, nats per token", row=1, col=1)
     figure.update_xaxes(title="seconds of training", type="log", row=1, col=2)
     figure.update_yaxes(title="bits per byte", row=1, col=2)
