@@ -2601,11 +2601,14 @@ def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
 
 
 def best_of_variants(groups: list[Group]) -> dict[str, Group]:
-    """Of each variant the group with the lowest loss, of groups in that order."""
+    """Of each variant the group with the most seeds, of several the one with the lowest loss: the
+    luck of a single seed must not win against a mean. The lowest loss first, as in groups."""
     best = {}
     for group in groups:
-        best.setdefault(group.variant, group)
-    return best
+        chosen = best.get(group.variant)
+        if chosen is None or len(group.losses) > len(chosen.losses):
+            best[group.variant] = group
+    return dict(sorted(best.items(), key=lambda item: item[1].loss))
 
 
 def rival_rows(budget: float, best: dict[str, Group]) -> list[list]:
@@ -2674,12 +2677,12 @@ def isoflop_section(runs: list[Path]) -> Section:
     return Section(
         "Equal FLOPs", "Runs that spent the same FLOPs of training, counted as in the paper; the "
         "lowest loss first, in nats per token of validation text after the last step. A star marks "
-        "the best size and learning rate of a variant. Numbers are means over seeds, with 95 % "
-        "intervals by Student's t where there are several. Beside sgatlin its best rival comes "
-        "first: a ratio below 1 is in sgatlin's favour. Seconds are those of the steps, without "
-        "evaluations, at the pace of the median step, and the median over seeds. Bits per byte "
-        "after the same seconds are read off straight lines between the budgets, on a logarithmic "
-        "axis of seconds.",
+        "the best size and learning rate of a variant, of those with the most seeds. Numbers are "
+        "means over seeds, with 95 % intervals by Student's t where there are several. Beside "
+        "sgatlin its best rival comes first: a ratio below 1 is in sgatlin's favour. Seconds are "
+        "those of the steps, without evaluations, at the pace of the median step, and the median "
+        "over seeds. Bits per byte after the same seconds are read off straight lines between the "
+        "budgets, on a logarithmic axis of seconds.",
         [table for table in tables if table], [draw_budgets(budgets)] if go else [])
 
 
