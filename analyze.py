@@ -2689,7 +2689,8 @@ def isoflop_section(runs: list[Path]) -> Section:
 def draw_budgets(budgets: dict[float, list[Group]]):
     """Loss against FLOPs and bits per byte against seconds, of the best group of each variant.
 
-    A line goes through the means; of the loss all seeds are points.
+    A line goes through the means; of the loss all seeds are points, those of later variants a
+    little further to the right, so that none hides another.
     """
     chosen = defaultdict(list)
     for groups in budgets.values():
@@ -2703,11 +2704,12 @@ def draw_budgets(budgets: dict[float, list[Group]]):
     figure.update_xaxes(title="seconds of training", type="log", row=1, col=2)
     figure.update_yaxes(title="bits per byte", row=1, col=2)
     in_seconds = trade(budgets)
-    for colour, (variant, groups) in zip(itertools.cycle(COLOURS), chosen.items()):
+    for place, (variant, groups) in enumerate(chosen.items()):
+        colour = COLOURS[place % len(COLOURS)]
         marks = dict(legendgroup=variant, name=variant, marker=dict(color=colour, size=6))
         figure.add_scatter(x=[group.budget for group in groups],
                            y=[group.loss for group in groups], mode="lines", **marks, row=1, col=1)
-        points = [(group.budget, loss) for group in groups for loss in group.losses]
+        points = [(group.budget * 1.02**place, loss) for group in groups for loss in group.losses]
         figure.add_scatter(x=[budget for budget, _ in points], y=[loss for _, loss in points],
                            mode="markers", showlegend=False, **marks, row=1, col=1)
         seconds, bits = in_seconds.get(variant, ([], []))

@@ -2865,7 +2865,8 @@ def test_isoflop(tmp_path, capsys):
     pytest.importorskip("plotly")
     traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in section.figures[0].data]
     assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
-    assert ("sgatlin", "markers", [1e12, 1e12, 2e12], [3.1, 2.9, 2]) in traces
+    beside = [1.02e12, 1.02e12, 2.04e12]        # points of the second variant, right of its line
+    assert ("sgatlin", "markers", beside, [3.1, 2.9, 2]) in traces
     assert ("mlp", "lines", [1e12, 2e12], [3.45, 3.0]) in traces
     assert ("mlp", "lines+markers", [80, 120], [1.725, 1.5]) in traces
 
