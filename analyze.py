@@ -2601,8 +2601,8 @@ def group_runs(logs: list[Log]) -> dict[float, list[Group]]:
 
 
 def best_of_variants(groups: list[Group]) -> dict[str, Group]:
-    """Of each variant the group with the most seeds, of several the one with the lowest loss: the
-    luck of a single seed must not win against a mean. The lowest loss first, as in groups."""
+    """Of each variant the group with the most seeds, so that the luck of a single one does not win
+    against a mean; of several such groups the one with the lowest loss. The lowest loss first."""
     best = {}
     for group in groups:
         chosen = best.get(group.variant)
@@ -2641,10 +2641,10 @@ def same_seconds(budgets: dict[float, list[Group]]) -> Table | None:
     if start >= end:
         return None
     rows = []
-    for at in np.geomspace(start, end, 3):
-        row = [float(at)]
+    for elapsed in np.geomspace(start, end, 3):
+        row = [float(elapsed)]
         for seconds, bits in lines.values():
-            row.append(float(np.interp(math.log(at), np.log(seconds), bits)))
+            row.append(float(np.interp(math.log(elapsed), np.log(seconds), bits)))
         rows.append(row)
     return Table("Bits per byte after the same seconds", ["seconds", *lines], rows)
 
