@@ -742,7 +742,8 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
             continue
         if name.endswith("reference"):
             baseline = both
-        line = f"{name:21}{forward:10.2f}{both:15.2f}{baseline / both:7.1f}x"
+        speed = "" if math.isnan(baseline) else f"{baseline / both:.1f}x"
+        line = f"{name:21}{forward:10.2f}{both:15.2f}{speed:>8}"
         line += f"{gathered / forward / 1e6:14.0f}" if fn in (layer, compiled) else " " * 14
         if own:
             line += f"{gpu_memory(gradients, fn, dy, inputs, *rest) / 1e6:11.0f}"

@@ -1364,6 +1364,7 @@ SMALL = ["--d_model=32", "--d_head=16", "--n_layer=2", "--n_experts=64", "--n_ch
          "--top_k=4", "--d_key=16", "--block_size=32", "--batch_size=4", "--warmup_steps=3",
          "--eval_sequences=5", "--log_interval=1", "--device=cpu"]
 TWENTY = ["--steps=20", "--eval_interval=10", "--decay_fraction=0"]
+RESUME = ["--resume", "--device=cpu"]       # a resumed run chooses its device anew
 
 
 def start(program, *args, **env):
@@ -1400,6 +1401,8 @@ def one_thread():
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
         torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def run(out_dir, *args):
@@ -1501,7 +1504,7 @@ def test_train_interrupt_resume_sample(data, tmp_path):
     assert load(out)["step"] == 14
     with open(out / "log.jsonl", "a") as file:      # what a kill can leave behind
         file.write('{"event": "step", "step": 77}\n{"event": "st')
-    resumed = start([ROOT / "train.py"], "--resume", f"--out_dir={out}", PYTHONIOENCODING="ascii")
+    resumed = start([ROOT / "train.py"], *RESUME, f"--out_dir={out}", PYTHONIOENCODING="ascii")
     printed = finished(resumed)
     assert "A sample:" in printed
     assert f"next:  python sample.py --out_dir={tmp_path}/out?" in printed
@@ -1572,9 +1575,9 @@ def two(data, tmp_path_factory):
     args = [*SMALL, *TWENTY, f"--data_dir={data}"]
     runs = [[*args, f"--out_dir={folder}/whole", "--micro_batch_size=1"],
             [*args, f"--out_dir={folder}/sharded", "--shard"],
-            [f"--out_dir={folder}/whole-10", "--resume", "--shard"]]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", folder / "several.py"]
-    return folder, finished(start(torchrun, *map("\n".join, runs)))
+            [f"--out_dir={folder}/whole-10", *RESUME, "--shard"]]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return folder, finished(start([*torchrun, folder / "several.py"], *map("\n".join, runs)))
 
 
 @pytest.mark.parametrize("name", ["whole", "sharded", "whole-10"])
@@ -1596,7 +1599,7 @@ def test_sharded_processes_hold_half(two):
 def test_a_sharded_run_goes_on_unsharded(in_float64, two, tmp_path):
     folder, _ = two
     out = shutil.copytree(folder / "sharded-10", tmp_path / "one")
-    run_in_float64(out, "--resume", "--no-shard")
+    run_in_float64(out, *RESUME, "--no-shard")
     assert_close_runs(out, in_float64)
 
 
@@ -1613,7 +1616,7 @@ def test_an_older_checkpoint_goes_on(data, trained, tmp_path):
               dict(lr=1e-3, weight_decay=0.0, params=list(range(n_matrices, len(names))))]
     change(out, optimizer=dict(state=moments, param_groups=groups),
            config=state["config"] | dict(zero=True, fused=True))
-    run(out, "--resume", "--steps=20")
+    run(out, *RESUME, "--steps=20")
     assert_same_state(out, trained)
 
 
@@ -1631,10 +1634,21 @@ def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path)
     first = run(tmp_path / "first", *SMALL, f"--data_dir={data}", "--steps=7", "--eval_interval=3",
                 "--decay_fraction=0")
     out = first.rename(tmp_path / "moved")
-    run(out, "--resume", "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
+    run(out, *RESUME, "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
     assert_same_state(out, trained)
     assert not first.exists()
     assert before == [signal.getsignal(number) for number in numbers]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("ffn", FFN)
+def test_resume_is_exact_on_a_gpu(ffn, data, tmp_path):
+    args = [*SMALL, f"--ffn={ffn}", "--n_experts=25", "--d_ff=48", "--decay_fraction=0",
+            f"--data_dir={data}", "--device=cuda", "--no-compile"]
+    whole = run(tmp_path / "whole", *args, "--steps=20")
+    part = run(tmp_path / "part", *args, "--steps=7")
+    run(part, "--resume", "--device=cuda", "--steps=20")
+    assert_same_state(part, whole)
 
 
 def at_step(monkeypatch, moment, action):
@@ -1657,7 +1671,7 @@ def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypat
     assert stop.value.code == 130
     assert load(tmp_path)["step"] == 14
     monkeypatch.undo()
-    run(tmp_path, "--resume")
+    run(tmp_path, *RESUME)
     assert_same_state(tmp_path, trained)
 
 
@@ -1684,9 +1698,9 @@ def test_kill_at_any_moment_leaves_a_checkpoint(data, tmp_path):
         process.kill()
         process.communicate()
         step = load(out)["step"]
-        resume = ["--resume"]
+        resume = RESUME
     last = f"--steps={step + 3}"
-    run(out, "--resume", last)
+    run(out, *RESUME, last)
     assert_same_state(out, run(tmp_path / "whole", *args, last, "--eval_interval=1000"))
     assert [entry["step"] for entry in log(out, "eval")] == list(range(step + 4))
 
