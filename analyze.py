@@ -2452,16 +2452,23 @@ def add_curves(commands) -> None:
 # isoflop: trained with equal FLOPs, which layer is best? (arXiv 2606.07414, Figures 1 and 3)
 
 RECIPE = ("eval_sequences", "block_size", "vocab_size", "batch_size", "weight_decay",
-          "warmup_steps", "decay_fraction", "grad_clip", "dtype")
+          "warmup_steps", "decay_fraction", "grad_clip")
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
 # Student's t for a two-sided 95 % interval, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def machine_of(log: Log) -> str:
-    """Seconds of one machine alone can be compared."""
     versions = log.starts[0].get("versions", {})
     return f"{versions.get('machine')}, {versions.get('processes', 1)} process(es)"
+
+
+def dtype_of(log: Log) -> str:
+    """Of the matrix products: --dtype=auto is float32 on a CPU."""
+    dtype = log.settings["dtype"]
+    if dtype == "auto" and machine_of(log).startswith("cpu"):
+        return "float32"
+    return dtype
 
 
 def check_comparable(logs: list[Log]) -> None:
@@ -2480,6 +2487,7 @@ def check_comparable(logs: list[Log]) -> None:
             raise Mistake(f"{log.run} was last evaluated at step {done}, and its budget is "
                           f"{steps} steps: give runs that ended there")
         recipe = {name: log.settings[name] for name in RECIPE}
+        recipe["dtype"] = dtype_of(log)
         recipe["data"] = log.starts[0].get("data", {}).get("fingerprint")
         first = first or recipe
         for name, value in recipe.items():
@@ -2622,6 +2630,19 @@ def rival_rows(budget: float, best: dict[str, Group]) -> list[list]:
     return rows
 
 
+def on_one_machine(logs: list[Log], budgets: dict[float, list[Group]]
+                   ) -> tuple[str, dict[float, list[Group]]]:
+    """The machine that made most of the runs, and its groups, of the budgets at which it ran every
+    variant. Seconds of different machines cannot be compared."""
+    machine, _ = Counter(map(machine_of, logs)).most_common(1)[0]
+    timed = group_runs([log for log in logs if machine_of(log) == machine])
+    whole = {}
+    for budget, groups in timed.items():
+        if {group.variant for group in groups} == {group.variant for group in budgets[budget]}:
+            whole[budget] = groups
+    return machine, whole
+
+
 def trade(budgets: dict[float, list[Group]]) -> dict[str, tuple[list, list]]:
     """Of each variant the seconds of its best groups, one a budget, and their bits per byte."""
     points = defaultdict(list)
@@ -2632,10 +2653,10 @@ def trade(budgets: dict[float, list[Group]]) -> dict[str, tuple[list, list]]:
     return {variant: tuple(zip(*sorted(points[variant]))) for variant in points}
 
 
-def same_seconds(budgets: dict[float, list[Group]]) -> Table | None:
+def same_seconds(in_seconds: dict[str, tuple[list, list]]) -> Table | None:
     """Bits per byte after the same seconds: of the variants with several budgets, on the lines that
     draw_budgets draws, at both ends and in the middle of the time that all these lines cover."""
-    lines = {variant: line for variant, line in trade(budgets).items() if len(line[0]) > 1}
+    lines = {variant: line for variant, line in in_seconds.items() if len(line[0]) > 1}
     start = max((seconds[0] for seconds, _ in lines.values()), default=0)
     end = min((seconds[-1] for seconds, _ in lines.values()), default=0)
     if start >= end:
@@ -2668,8 +2689,9 @@ def isoflop_section(runs: list[Path]) -> Section:
             "bits per byte", "seconds"], rows))
         if "sgatlin" in best:
             rivals += rival_rows(budget, best)
-    if len({machine_of(log) for log in logs}) == 1:
-        tables.insert(0, same_seconds(budgets))
+    machine, timed = on_one_machine(logs, budgets)
+    in_seconds = trade(timed)
+    tables.insert(0, same_seconds(in_seconds))
     if rivals:
         header = ["FLOPs", "rival", "sgatlin", "its", "ratio", "loss less its"]
         tables.insert(0, Table("Perplexity of sgatlin and of its rivals, best sizes", header,
@@ -2682,11 +2704,11 @@ def isoflop_section(runs: list[Path]) -> Section:
         "sgatlin its best rival comes first: a ratio below 1 is in sgatlin's favour. Seconds are "
         "those of the steps, without evaluations, at the pace of the median step, and the median "
         "over seeds. Bits per byte after the same seconds are read off straight lines between the "
-        "budgets, on a logarithmic axis of seconds.",
-        [table for table in tables if table], [draw_budgets(budgets)] if go else [])
+        f"budgets, on a logarithmic axis of seconds, for runs on this machine: {machine}.",
+        [table for table in tables if table], [draw_budgets(budgets, in_seconds)] if go else [])
 
 
-def draw_budgets(budgets: dict[float, list[Group]]):
+def draw_budgets(budgets: dict[float, list[Group]], in_seconds: dict[str, tuple[list, list]]):
     """Loss against FLOPs and bits per byte against seconds, of the best group of each variant.
 
     A line goes through the means; of the loss all seeds are points, those of later variants a
@@ -2703,7 +2725,6 @@ def draw_budgets(budgets: dict[float, list[Group]]):
     figure.update_yaxes(title="validation loss, nats per token", row=1, col=1)
     figure.update_xaxes(title="seconds of training", type="log", row=1, col=2)
     figure.update_yaxes(title="bits per byte", row=1, col=2)
-    in_seconds = trade(budgets)
     for place, (variant, groups) in enumerate(chosen.items()):
         colour = COLOURS[place % len(COLOURS)]
         marks = dict(legendgroup=variant, name=variant, marker=dict(color=colour, size=6))

@@ -2868,15 +2868,22 @@ def test_isoflop(tmp_path, capsys):
         ours = 1.5 - 0.5 * math.log(seconds / 100, 4)
         its = 1.725 - 0.225 * math.log(seconds / 80, 1.5)
         assert row == pytest.approx([seconds, ours, its])
+    # A run on another machine counts in FLOPs, not in seconds.
+    budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cuda: GPU", dtype="float32")
+    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
+    assert "0.500 ± ?" in capsys.readouterr().out                       # of one seed
+    _, in_time, table, *_ = analyze.isoflop_section(runs).tables
+    assert table.rows[-1][9:11] == [2, pytest.approx(3.45)]
+    assert in_time.rows[0] == pytest.approx([100, 1.5, 1.7 - 0.2 * math.log(100 / 80, 1.5)])
+    # Nor does a budget at which not every variant ran there.
+    other = budget_run(tmp_path / "j", "moe", (8, 5, 3), machine="cuda: GPU", flops=2e12,
+                       dtype="float32")
+    _, table, *_ = analyze.isoflop_section([*runs, other]).tables
+    assert table.caption == "1e+12 FLOPs: validation loss"
     # Without common seconds there is no table of them.
     slow = budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=90, flops=2e12)
     _, table, *_ = analyze.isoflop_section([*runs[:6], slow, runs[-1]]).tables
     assert table.caption == "1e+12 FLOPs: validation loss"
-    budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cpu: 1 threads")
-    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
-    assert "0.500 ± ?" in capsys.readouterr().out                       # of one seed
-    captions = [table.caption for table in analyze.isoflop_section(runs).tables]
-    assert "Bits per byte after the same seconds" not in captions       # two machines
     pytest.importorskip("plotly")
     traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in section.figures[0].data]
     assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
@@ -2890,6 +2897,7 @@ def test_isoflop(tmp_path, capsys):
     (dict(fingerprint="y"), "a and .*b are not comparable: data=x and y"),
     (dict(eval_sequences=64), "a and .*b are not comparable: eval_sequences=128 and 64"),
     (dict(weight_decay=1.0), "weight_decay=0.1 and 1.0"),
+    (dict(dtype="bfloat16"), "dtype=float32 and bfloat16"),
     (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
     (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
     ({}, "a and .*b are the same run, with seed=1337")])
