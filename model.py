@@ -415,12 +415,12 @@ class MoE(nn.Module):
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
         # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
         w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
-        y = torch.zeros_like(flat)
-        for e, pairs in enumerate(order.split(counts)):
-            tokens = pairs // self.top_k
-            out = clamped_swiglu(flat.index_select(0, tokens), w1[e], b1[e], w2[e], b2[e])
-            out = out * p.flatten()[pairs, None]
-            y = y.index_add(0, tokens, out.to(y.dtype))
+        tokens = order // self.top_k                                    # (N*k,) by expert
+        outs = []
+        for e, inputs in enumerate(flat.index_select(0, tokens).split(counts)):
+            outs.append(clamped_swiglu(inputs, w1[e], b1[e], w2[e], b2[e]))
+        out = torch.cat(outs) * p.flatten()[order, None]                # (N*k, D)
+        y = torch.zeros_like(flat).index_add(0, tokens, out.to(flat.dtype))
         return y.view_as(x)
 
     def flops(self) -> int:
