@@ -2459,12 +2459,13 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 
 def machine_of(log: Log) -> str:
+    """The GPU, or the threads of a CPU: the log does not tell one processor from another."""
     versions = log.starts[0].get("versions", {})
     return f"{versions.get('machine')}, {versions.get('processes', 1)} process(es)"
 
 
 def dtype_of(log: Log) -> str:
-    """Of the matrix products: --dtype=auto is float32 on a CPU."""
+    """The setting, but what auto means on a CPU by its name. On GPUs float32 includes TF32."""
     dtype = log.settings["dtype"]
     if dtype == "auto" and machine_of(log).startswith("cpu"):
         return "float32"
@@ -2512,7 +2513,7 @@ def group_key(log: Log) -> tuple:
 
 class Group:
     """Runs of one model with one budget that differ by their seeds; numbers are means over them,
-    seconds a median: another program may have slowed down one of them."""
+    seconds a median (another program may have slowed down one of them), None of two machines."""
 
     def __init__(self, logs: list[Log]):
         self.logs = logs
@@ -2527,7 +2528,10 @@ class Group:
         bits = [log.evals[-1].get("val_bits_per_byte") for log in logs]
         self.bits = None if None in bits else statistics.fmean(bits)
         seconds = [training_seconds(log) for log in logs]
-        self.seconds = None if None in seconds else statistics.median(seconds)
+        one_machine = len({machine_of(log) for log in logs}) == 1
+        self.seconds = None
+        if one_machine and None not in seconds:
+            self.seconds = statistics.median(seconds)
 
     def variance_of_mean(self) -> float:
         """Of the loss, over seeds; at least two."""

@@ -646,7 +646,8 @@ def test_moe_groups_tokens_and_computes_the_same():
     torch.manual_seed(0)
     moe = FFN["moe"](GPTConfig(d_model=16, d_head=8, d_ff=24, ffn="moe", n_experts=5, top_k=2))
     moe.double()
-    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    x = torch.rand(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    moe.gate.weight.data[3] = -1        # no token chooses this expert
     p = moe.gate(x).softmax(-1)
     p = p * (p >= p.topk(2).values[..., -1:])
     gate, linear = (torch.einsum("btd,efd->btef", x, moe.w1) + moe.b1).chunk(2, dim=-1)
@@ -655,6 +656,11 @@ def test_moe_groups_tokens_and_computes_the_same():
     experts = torch.einsum("btef,edf->bted", hidden, moe.w2) + moe.b2
     dense = torch.einsum("bte,bted->btd", p, experts)
     torch.testing.assert_close(moe(x), dense)
+    dy = torch.randn_like(dense)
+    inputs = [moe.w1, moe.b1, moe.w2, moe.b2, moe.gate.weight, x]
+    truth = torch.autograd.grad(dense, inputs, dy)
+    torch.testing.assert_close(torch.autograd.grad(moe(x), inputs, dy), truth)
+    assert not truth[0][3].any()
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -1644,7 +1650,8 @@ def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path)
 @pytest.mark.parametrize("ffn", FFN)
 def test_resume_is_exact_on_a_gpu(ffn, data, tmp_path):
     args = [*SMALL, f"--ffn={ffn}", "--n_experts=25", "--d_ff=48", "--decay_fraction=0",
-            f"--data_dir={data}", "--device=cuda", "--no-compile"]
+            f"--data_dir={data}", "--device=cuda", "--no-compile",
+            "--block_size=512", "--batch_size=8"]       # with fewer tokens no sum's order is open
     whole = run(tmp_path / "whole", *args, "--steps=20")
     part = run(tmp_path / "part", *args, "--steps=7")
     run(part, "--resume", "--device=cuda", "--steps=20")
@@ -2873,7 +2880,7 @@ def test_isoflop(tmp_path, capsys):
     analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
     assert "0.500 ± ?" in capsys.readouterr().out                       # of one seed
     _, in_time, table, *_ = analyze.isoflop_section(runs).tables
-    assert table.rows[-1][9:11] == [2, pytest.approx(3.45)]
+    assert table.rows[-1][9:11] == [2, pytest.approx(3.45)] and table.rows[-1][-1] is None
     assert in_time.rows[0] == pytest.approx([100, 1.5, 1.7 - 0.2 * math.log(100 / 80, 1.5)])
     # Nor does a budget at which not every variant ran there.
     other = budget_run(tmp_path / "j", "moe", (8, 5, 3), machine="cuda: GPU", flops=2e12,
