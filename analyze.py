@@ -2465,7 +2465,7 @@ def machine_of(log: Log) -> str:
 
 
 def dtype_of(log: Log) -> str:
-    """The setting, but what auto means on a CPU by its name. On GPUs float32 includes TF32."""
+    """The dtype of matmuls; auto is float32 on a CPU. On a GPU float32 stands for TF32 too."""
     dtype = log.settings["dtype"]
     if dtype == "auto" and machine_of(log).startswith("cpu"):
         return "float32"
@@ -2513,7 +2513,8 @@ def group_key(log: Log) -> tuple:
 
 class Group:
     """Runs of one model with one budget that differ by their seeds; numbers are means over them,
-    seconds a median (another program may have slowed down one of them), None of two machines."""
+    seconds a median (another program may have slowed down one of them), or None if the runs are of
+    several machines."""
 
     def __init__(self, logs: list[Log]):
         self.logs = logs
@@ -2636,15 +2637,15 @@ def rival_rows(budget: float, best: dict[str, Group]) -> list[list]:
 
 def on_one_machine(logs: list[Log], budgets: dict[float, list[Group]]
                    ) -> tuple[str, dict[float, list[Group]]]:
-    """The machine that made most of the runs, and its groups, of the budgets at which it ran every
-    variant. Seconds of different machines cannot be compared."""
+    """The name of the machine that made most of the runs, and the groups of its own runs, for those
+    budgets at which it ran every variant. Seconds of different machines cannot be compared."""
     machine, _ = Counter(map(machine_of, logs)).most_common(1)[0]
     timed = group_runs([log for log in logs if machine_of(log) == machine])
-    whole = {}
+    complete = {}
     for budget, groups in timed.items():
         if {group.variant for group in groups} == {group.variant for group in budgets[budget]}:
-            whole[budget] = groups
-    return machine, whole
+            complete[budget] = groups
+    return machine, complete
 
 
 def trade(budgets: dict[float, list[Group]]) -> dict[str, tuple[list, list]]:

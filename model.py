@@ -415,7 +415,7 @@ class MoE(nn.Module):
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
         # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
         w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
-        tokens = order // self.top_k                                    # (N*k,) by expert
+        tokens = order // self.top_k                # (N*k,) those of the first expert come first
         outs = []
         for e, inputs in enumerate(flat.index_select(0, tokens).split(counts)):
             outs.append(clamped_swiglu(inputs, w1[e], b1[e], w2[e], b2[e]))

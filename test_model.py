@@ -1649,9 +1649,10 @@ def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path)
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("ffn", FFN)
 def test_resume_is_exact_on_a_gpu(ffn, data, tmp_path):
+    """With so many tokens that their sums depend on train.py asking for a fixed order."""
     args = [*SMALL, f"--ffn={ffn}", "--n_experts=25", "--d_ff=48", "--decay_fraction=0",
             f"--data_dir={data}", "--device=cuda", "--no-compile",
-            "--block_size=512", "--batch_size=8"]       # with fewer tokens no sum's order is open
+            "--block_size=512", "--batch_size=8"]
     whole = run(tmp_path / "whole", *args, "--steps=20")
     part = run(tmp_path / "part", *args, "--steps=7")
     run(part, "--resume", "--device=cuda", "--steps=20")

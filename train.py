@@ -431,7 +431,7 @@ def sum_in_fixed_order() -> None:
 
     By default the gradients of attention and of the embedding are sums in whatever order the
     threads arrive in, and cuBLAS may choose a product's order by what else is running. An operation
-    that has no fixed order raises RuntimeError; the five layers have none.
+    that has no fixed order raises RuntimeError; none of the five layers uses one.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # 8 buffers of 4 MB
     torch.use_deterministic_algorithms(True)
