@@ -460,6 +460,11 @@ def processes(device_type: str) -> Iterator[tuple[int, int, torch.device]]:
     try:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
+        if device_type == "cpu":
+            # A thread of gloo may be about to drop the last gathered tensor. It needs Python for
+            # that, and aborts the process if Python has ended. Nothing can join the thread: caches
+            # of DTensor keep a sharded model's process group alive. So it is given time.
+            time.sleep(0.5)
         dist.destroy_process_group()
 
 
