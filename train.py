@@ -461,9 +461,9 @@ def processes(device_type: str) -> Iterator[tuple[int, int, torch.device]]:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
         if device_type == "cpu":
-            # A thread of gloo may be about to drop the last gathered tensor. It needs Python for
-            # that, and aborts the process if Python has ended. Nothing can join the thread: caches
-            # of DTensor keep a sharded model's process group alive. So it is given time.
+            # A thread of gloo may still have to drop the last gathered tensor. It needs Python for
+            # that, and aborts the process if Python has ended. destroy_process_group does not wait
+            # for it, for caches of DTensor keep a sharded model's group alive. So give it time.
             time.sleep(0.5)
         dist.destroy_process_group()
 
