@@ -17,11 +17,15 @@ Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub
 J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
 """
 import argparse
+import functools
 import math
 import types
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,7 +137,13 @@ def backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. PyTorch: F.embedding_bag is gather_sum, and the gradient of its per-sample weights gather_dot
+# 2. PyTorch: F.embedding_bag is gather_sum. gather_dot is a product of two matrices at the places
+# that a sparse tensor has.
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")     # torch says once that these sparse tensors are in beta
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], check_invariants=False)
+
 
 def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, b.dtype)
@@ -146,12 +156,21 @@ def sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
 def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     N, J = index.shape
     wide = sum_dtype(x, weight)
-    tokens = torch.arange(N, dtype=index.dtype, device=index.device)
-    # The bag of token n starts at pair n*J. The operator has no public name.
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.to(wide).contiguous(), weight.to(wide), index.flatten(), offsets=tokens * J,
-        offset2bag=tokens.repeat_interleave(J), mode=0)
-    return dots.view(N, J).to(result_dtype(x, weight))
+    out_dtype = result_dtype(x, weight)
+    x = x.to(wide).contiguous()
+    weight = weight.to(wide)
+    starts = torch.arange(0, N * J + 1, J, dtype=index.dtype, device=index.device)      # (N+1,)
+    columns = index.flatten()
+    if x.device.type == "cpu" and J <= len(weight):     # with more it raises RuntimeError
+        wanted = torch.sparse_csr_tensor(starts, columns, x.new_ones(N * J), (N, len(weight)),
+                                         check_invariants=False)    # a row may name one twice
+        dots = torch.sparse.sampled_addmm(wanted, x, weight.T, beta=0).values()
+    else:
+        # The gradient of embedding_bag's per-sample weights; the operator has no public name.
+        tokens = torch.arange(N, dtype=index.dtype, device=index.device)
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, weight, columns, offsets=starts[:-1], offset2bag=tokens.repeat_interleave(J), mode=0)
+    return dots.view(N, J).to(out_dtype)
 
 
 def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
@@ -173,49 +192,58 @@ def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) ->
 
 def product_topk_torch(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = scores.shape[-1]
-    best = top_positions(scores, k)                             # (N, C, 2, k)
-    first, second = scores.gather(-1, best).unbind(-2)          # (N, C, k) each
-    a, b = best.to(torch.int32).unbind(-2)                      # (N, C, k) each
-    sums, ids = [], []
-    for i in range(k):
-        # The sum of ranks i and j is at most those of the (i+1)*(j+1) - 1 pairs of better ranks, so
-        # it can be among the k best only if (i+1)*(j+1) <= k.
-        can_win = k // (i + 1)
-        sums.append(first[..., i, None] + second[..., :can_win])
-        ids.append(a[..., i, None] * n + b[..., :can_win])
-    sums = torch.cat(sums, dim=-1)
-    ids = torch.cat(ids, dim=-1)
-    best = top_positions(sums, k)
-    return sums.gather(-1, best), ids.gather(-1, best)
+    best = top_labels(scores, torch.arange(n, device=scores.device), k)     # (N, C, 2, k)
+    values = scores.gather(-1, best)                                        # (N, C, 2, k)
+    # The sum of ranks i and j is at most those of the (i+1)*(j+1) - 1 pairs of better ranks, so it
+    # can be among the k best only if (i+1)*(j+1) <= k.
+    pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
+    i, j = torch.tensor(pairs, device=scores.device).T                      # (S,) each
+    first, second = values.unbind(-2)                                       # (N, C, k) each
+    shape = (*first.shape[:-1], len(pairs))
+    sums = first.gather(-1, i.expand(shape)) + second.gather(-1, j.expand(shape))
+    label = top_labels(sums, i << 16 | j, k)                                # (N, C, k)
+    i = label >> 16
+    j = label & 0xffff
+    a, b = best.to(torch.int32).unbind(-2)                                  # (N, C, k) each
+    gates = first.gather(-1, i) + second.gather(-1, j)
+    return gates, a.gather(-1, i) * n + b.gather(-1, j)
 
 
 def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
-    halves = torch.stack((ids // n, ids % n), dim=-2).long()    # (N, C, 2, k)
+    a = ids // n
+    halves = torch.stack((a, ids - a * n), dim=-2).long()       # (N, C, 2, k)
     scores = grad.new_zeros(*halves.shape[:-1], n)
     return scores.scatter_add_(-1, halves, grad.unsqueeze(-2).expand(halves.shape))
 
 
-def top_positions(values: Tensor, k: int) -> Tensor:
-    """Positions (..., k) int64 of the k largest values, in order, and the lower first of equals.
+def top_labels(values: Tensor, labels: Tensor, k: int) -> Tensor:
+    """The labels (..., k) of the k largest of values (..., n), in order; of equals the lower first.
 
-    In float32 on a CPU -0.0 counts as less than 0.0.
+    labels (n,) are rising int64, in [0, 2**31). In float32 on a CPU -0.0 counts as less than 0.0.
     """
     if values.device.type != "cpu" or values.dtype == torch.float64:
-        return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        return labels[values.sort(dim=-1, descending=True, stable=True).indices[..., :k]]
     # The same by numpy's vectorised sort of integers, which makes product_topk of 32 + 32 scores 3
     # times as fast as torch.topk would, and 5 times as fast as the line above. The bits of a float,
     # those of a negative one flipped but for the sign, order as the floats do. In place, for every
     # temporary costs as much as the arithmetic.
-    bits = values.float().view(torch.int32)
+    bits = values.float().contiguous().view(torch.int32)
     rising = bits >> 31                                         # all ones where negative
     rising &= 0x7fffffff
     rising ^= bits
     keys = rising.long()
     keys.neg_()                                                 # the largest comes first
     keys <<= 32
-    keys |= torch.arange(values.shape[-1])                      # then the lowest position
-    keys.numpy().sort(axis=-1)
+    keys |= labels                                              # then the lowest label
+    rows = keys.view(-1, keys.shape[-1]).numpy()
+    threads = torch.get_num_threads()
+    list(sorters(threads).map(np.ndarray.sort, np.array_split(rows, threads)))
     return keys[..., :k] & 0xffffffff
+
+
+@functools.cache
+def sorters(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)      # numpy lets go of Python's lock while it sorts
 
 
 # ------------------------------------------------------------------------------------------------

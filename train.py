@@ -69,7 +69,7 @@ class TrainConfig(GPTConfig):
     micro_batch_size: int = 32      # sequences per process at a time; lower it when memory runs out
     learning_rate: float = 1e-3     # the highest of the schedule (AdamW, betas 0.9 and 0.999)
     ffn_rate: float = 1.0           # learning rate of the feedforward layers, relative
-    weight_decay: float = 0.1       # of tensors of more than one dimension
+    weight_decay: float = 0.1       # of matrices; not of biases and the scales of norms
     warmup_steps: int = 100         # of linear rise from 0
     decay_fraction: float = 0.2     # share of the steps, at the end, of a fall as 1 - sqrt
     grad_clip: float = 2.0          # bound on the norm of the gradient; 0: off
@@ -357,13 +357,14 @@ def schedule(step: int, cfg: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay is for matrices, not for biases and the scales of norms.
+    """AdamW; weight decay is for matrices, not for biases (b1 and b2) and the scales of norms.
 
     Each group has, beside AdamW's own settings, the `rate` that set_learning_rate multiplies by.
     """
     members = defaultdict(list)     # of each group, by its weight decay and its rate
     for name, p in model.named_parameters():
-        decay = cfg.weight_decay if p.ndim > 1 else 0.0
+        is_matrix = p.ndim > 1 and not name.endswith((".b1", ".b2"))    # MoE's are (experts, d_ff)
+        decay = cfg.weight_decay if is_matrix else 0.0
         rate = cfg.ffn_rate if ".ffn." in name else 1.0
         members[decay, rate].append(p)
     groups = []
