@@ -5,23 +5,24 @@
     product_topk(scores, k)          the k largest of the n*n sums of two lists of n scores
 
 The neurons of all channels lie in one table of R rows; token n uses the J rows index[n]. Nothing of
-size (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the transposed
-index: the (token, slot) pairs sorted by row, so that every row sums its own tokens. There are no
-atomics, so the same input gives the same bits.
+size (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the index sorted by
+row, so that every row sums its own tokens. There are no atomics, so the same input gives the same
+bits.
 
-The file in order: 1. the contract, with a one-line reference for each operation; 2. the PyTorch
-form, for any device; 3. the Triton kernels, for a GPU; 4. what torch.compile and autograd are told;
-5. `python kernels.py`, which checks all this on the machine it runs on, and times it.
+A section for each operation: what it promises, with a one-line reference; the PyTorch form, for any
+device; the Triton kernel, for a GPU; what torch.compile and autograd are told. Then
+`python kernels.py`, which checks all this on the machine it runs on, and times it.
 
 Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top-k,
 J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
 """
 import argparse
+import contextlib
 import functools
 import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
@@ -35,7 +36,7 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
-except ImportError:     # Windows, macOS: the kernels below are defined all the same, and never run
+except Exception:       # none for Windows and macOS, or one that does not load: no kernel runs then
     triton = None
     tl = types.SimpleNamespace(constexpr=None)
 
@@ -44,64 +45,46 @@ except ImportError:     # Windows, macOS: the kernels below are defined all the 
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. the contract
+# what all operations share
 #
-# Everywhere: floats are float64, float32 or bfloat16, and may differ; the result has the wider
-# dtype, and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
-# impl is "torch" or "triton", None for the one that backend() names. gather_dot_op and the other
-# functions in _op are defined in part 4.
+# Floats are float64, float32, bfloat16 or float16, and may differ; the result has the wider dtype,
+# and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
+#
+# A custom_op is opaque to torch.compile: it learns the shapes of the results from the function
+# registered as fake, and the gradients from the one registered for autograd. That one reads
+# saved_tensors once, for activation checkpointing forbids a second time.
 
-ByRow = tuple[Tensor, Tensor]       # what transpose_index returns
+ByRow = tuple[Tensor, Tensor]       # what sort_by_row returns
 
 
-def gather_dot(x: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None,
-               impl: Optional[str] = None) -> Tensor:
-    """out[n, j] = <x[n], weight[index[n, j]]>: (N, D), (R, D), (N, J) -> (N, J).
+@functools.cache
+def runs_triton(device: str, dtype: torch.dtype) -> bool:
+    """Whether tensors of a device ("cpu", "cuda") and dtype get the Triton form, or PyTorch's.
 
-    by_row is transpose_index(index, R), for the gradient of weight; if None, that computes it.
+    The kernels compile for compute capability 7.5 and up and for AMD's gfx942 and gfx1100.
     """
-    order, offsets = by_row or (None, None)
-    return gather_dot_op(x, weight, index, order, offsets, impl)
+    if device != "cuda" or triton is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    is_amd = torch.version.hip is not None      # "cuda" too, with capabilities of its own
+    return is_amd or torch.cuda.get_device_capability() >= (7, 5)
 
 
-def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return torch.einsum("nd,njd->nj", x, weight[index])
+def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, b.dtype)
 
 
-def gather_sum(coef: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None,
-               impl: Optional[str] = None) -> Tensor:
-    """out[n] = sum_j coef[n, j] * weight[index[n, j]]: (N, J), (R, D), (N, J) -> (N, D).
-
-    by_row as in gather_dot.
-    """
-    order, offsets = by_row or (None, None)
-    return gather_sum_op(coef, weight, index, order, offsets, impl)
+def sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(result_dtype(a, b), torch.float32)
 
 
-def gather_sum_reference(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return torch.einsum("nj,njd->nd", coef, weight[index])
+def launch(kernel: Callable, grid: tuple[int, ...], *args) -> None:
+    """One warp per program, on the first argument's device, which need not be the current one."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, num_warps=1, enable_fp_fusion=True)     # a * b + c in one instruction
 
 
-def product_topk(scores: Tensor, k: int, impl: Optional[str] = None) -> tuple[Tensor, Tensor]:
-    """The k largest of the n*n sums scores[..., 0, a] + scores[..., 1, b], not all of them formed.
-
-    scores (N, C, 2, n): the similarities to the first and to the second sub-keys.
-    Returns gates (N, C, k), the sums in descending order, and ids (N, C, k) int32, a*n + b. Ties go
-    to the lower rank of a, then of b. ids are different and in range even when scores are NaN.
-    Raises ValueError if k > n. Product keys: Lample et al., arXiv 1907.05242.
-    """
-    if k > scores.shape[-1]:
-        raise ValueError(f"k={k} exceeds the {scores.shape[-1]} sub-keys")
-    return product_topk_op(scores, k, impl)
-
-
-def product_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    sums = scores[..., 0, :, None] + scores[..., 1, None, :]    # (N, C, n, n)
-    return sums.flatten(-2).topk(k)
-
-
-@torch.library.custom_op("sgatlin::transpose_index", mutates_args=())
-def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("sgatlin::sort_by_row", mutates_args=())
+def sort_by_row(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """The pairs of index (N, J) sorted by row. One sort serves all tables of a layer.
 
     Returns order (P,) int32, the pairs by row and then by token, and offsets (R+1,) int32: those
@@ -118,42 +101,40 @@ def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), torch.searchsorted(rows, bounds, out_int32=True)
 
 
-def backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The implementation that tensors of a device ("cpu", "cuda") and dtype get, and the reason.
+@sort_by_row.register_fake
+def _(index, n_rows):
+    order = index.new_empty(index.numel(), dtype=torch.int32)
+    offsets = index.new_empty(n_rows + 1, dtype=torch.int32)
+    return order, offsets
 
-    The kernels compile for compute capability 7.5 and up and for AMD's gfx942 and gfx1100.
-    """
-    if device != "cuda":
-        return "torch", f"the device is {device}"
-    if triton is None:
-        return "torch", "triton is not installed"
-    name = torch.cuda.get_device_name()
-    nvidia = torch.version.hip is None      # AMD's are "cuda" too, with numbers of their own
-    if nvidia and torch.cuda.get_device_capability() < (7, 5):
-        return "torch", f"{name} is older than compute capability 7.5"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return "torch", f"the Triton kernels take float32 and bfloat16, not {str(dtype)[6:]}"
-    return "triton", f"{name}, triton {triton.__version__}"
+
+def save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. PyTorch: F.embedding_bag is gather_sum. gather_dot is a product of two matrices at the places
-# that a sparse tensor has.
+# gather_dot
+
+def gather_dot(x: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None) -> Tensor:
+    """out[n, j] = <x[n], weight[index[n, j]]>: (N, D), (R, D), (N, J) -> (N, J).
+
+    by_row is sort_by_row(index, R), for the gradient of weight; if None, that computes it.
+    """
+    order, offsets = by_row or (None, None)
+    return gather_dot_op(x, weight, index, order, offsets)
+
+
+def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return torch.einsum("nd,njd->nj", x, weight[index])
+
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")     # torch says once that these sparse tensors are in beta
+    warnings.simplefilter("ignore")     # torch says once that such sparse tensors are in beta
     torch.sparse_csr_tensor([0, 1], [0], [1.0], check_invariants=False)
 
 
-def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(a.dtype, b.dtype)
-
-
-def sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(result_dtype(a, b), torch.float32)
-
-
 def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """A product of two matrices at the places that a sparse tensor has."""
     N, J = index.shape
     wide = sum_dtype(x, weight)
     out_dtype = result_dtype(x, weight)
@@ -173,86 +154,7 @@ def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return dots.view(N, J).to(out_dtype)
 
 
-def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    wide = sum_dtype(coef, weight)
-    out = F.embedding_bag(index, weight.to(wide), mode="sum",
-                          per_sample_weights=coef.to(wide).contiguous())
-    return out.to(result_dtype(coef, weight))
-
-
-def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """(N, J), (N, D), transpose_index -> (R, D): row r sums coef[n, j] * x[n] over its pairs."""
-    wide = sum_dtype(coef, x)
-    tokens = order // coef.shape[1]                             # (P,)
-    coefs = coef.flatten()[order]                               # (P,)
-    out = F.embedding_bag(tokens, x.to(wide), offsets, mode="sum", include_last_offset=True,
-                          per_sample_weights=coefs.to(wide))
-    return out.to(result_dtype(coef, x))
-
-
-def product_topk_torch(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    n = scores.shape[-1]
-    best = top_labels(scores, torch.arange(n, device=scores.device), k)     # (N, C, 2, k)
-    values = scores.gather(-1, best)                                        # (N, C, 2, k)
-    # The sum of ranks i and j is at most those of the (i+1)*(j+1) - 1 pairs of better ranks, so it
-    # can be among the k best only if (i+1)*(j+1) <= k.
-    pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
-    i, j = torch.tensor(pairs, device=scores.device).T                      # (S,) each
-    first, second = values.unbind(-2)                                       # (N, C, k) each
-    shape = (*first.shape[:-1], len(pairs))
-    sums = first.gather(-1, i.expand(shape)) + second.gather(-1, j.expand(shape))
-    label = top_labels(sums, i << 16 | j, k)                                # (N, C, k)
-    i = label >> 16
-    j = label & 0xffff
-    a, b = best.to(torch.int32).unbind(-2)                                  # (N, C, k) each
-    gates = first.gather(-1, i) + second.gather(-1, j)
-    return gates, a.gather(-1, i) * n + b.gather(-1, j)
-
-
-def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
-    a = ids // n
-    halves = torch.stack((a, ids - a * n), dim=-2).long()       # (N, C, 2, k)
-    scores = grad.new_zeros(*halves.shape[:-1], n)
-    return scores.scatter_add_(-1, halves, grad.unsqueeze(-2).expand(halves.shape))
-
-
-def top_labels(values: Tensor, labels: Tensor, k: int) -> Tensor:
-    """The labels (..., k) of the k largest of values (..., n), in order; of equals the lower first.
-
-    labels (n,) are rising int64, in [0, 2**31). In float32 on a CPU -0.0 counts as less than 0.0.
-    """
-    if values.device.type != "cpu" or values.dtype == torch.float64:
-        return labels[values.sort(dim=-1, descending=True, stable=True).indices[..., :k]]
-    # The same by numpy's vectorised sort of integers, which makes product_topk of 32 + 32 scores 3
-    # times as fast as torch.topk would, and 5 times as fast as the line above. The bits of a float,
-    # those of a negative one flipped but for the sign, order as the floats do. In place, for every
-    # temporary costs as much as the arithmetic.
-    bits = values.float().contiguous().view(torch.int32)
-    rising = bits >> 31                                         # all ones where negative
-    rising &= 0x7fffffff
-    rising ^= bits
-    keys = rising.long()
-    keys.neg_()                                                 # the largest comes first
-    keys <<= 32
-    keys |= labels                                              # then the lowest label
-    rows = keys.view(-1, keys.shape[-1]).numpy()
-    threads = torch.get_num_threads()
-    list(sorters(threads).map(np.ndarray.sort, np.array_split(rows, threads)))
-    return keys[..., :k] & 0xffffffff
-
-
-@functools.cache
-def sorters(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)      # numpy lets go of Python's lock while it sorts
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. Triton: every program is one warp and sums in float32. Loads are cast at once: the interpreter,
-# in which the tests run without a GPU, computes wrongly in bfloat16.
-
-DOT_SLOTS, DOT_COLS = 8, 256    # tile of gather_dot: slots x columns that a warp asks for at once
-SUM_PAIRS, SUM_COLS = 16, 64    # tile of the sums: pairs x columns; 64 columns of a table fit in L2
-SPLIT = 1024                    # no program of a table's gradient sums more pairs than this
+DOT_SLOTS, DOT_COLS = 8, 256    # a tile: slots x columns that a warp asks for at once
 
 
 @jit
@@ -279,6 +181,80 @@ def gather_dot_kernel(x, weight, index, out, J, D: tl.constexpr, SLOTS: tl.const
         acc += token[None, :] * rows.to(tl.float32)                             # (SLOTS, COLS)
     dots = tl.sum(acc, 1)                                                               # (SLOTS,)
     tl.store(out + n * J + j, dots.to(out.dtype.element_ty), j < J)
+
+
+def gather_dot_triton(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    N, D = x.shape
+    J = index.shape[1]
+    cols = min(DOT_COLS, triton.next_power_of_2(D))
+    out = x.new_empty(N, J, dtype=result_dtype(x, weight))
+    launch(gather_dot_kernel, (N, triton.cdiv(J, DOT_SLOTS)), x.contiguous(), weight.contiguous(),
+           index.contiguous(), out, J, D, DOT_SLOTS, cols)
+    return out
+
+
+@torch.library.custom_op("sgatlin::gather_dot", mutates_args=())
+def gather_dot_op(x: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
+                  offsets: Optional[Tensor]) -> Tensor:
+    if runs_triton(x.device.type, result_dtype(x, weight)):
+        return gather_dot_triton(x, weight, index)
+    return gather_dot_torch(x, weight, index)
+
+
+@gather_dot_op.register_fake
+def _(x, weight, index, order, offsets):
+    return x.new_empty(index.shape, dtype=result_dtype(x, weight))
+
+
+def gather_dot_backward(ctx, grad):                             # (N, J)
+    x, weight, index, order, offsets = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = gather_sum(grad, weight, index).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_grad(grad, x, index, len(weight), order, offsets).to(weight.dtype)
+    return grad_x, grad_weight, None, None, None
+
+
+gather_dot_op.register_autograd(gather_dot_backward, setup_context=save_inputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# gather_sum, and the gradient of a table, which is a gather_sum too
+
+def gather_sum(coef: Tensor, weight: Tensor, index: Tensor,
+               by_row: Optional[ByRow] = None) -> Tensor:
+    """out[n] = sum_j coef[n, j] * weight[index[n, j]]: (N, J), (R, D), (N, J) -> (N, D).
+
+    by_row as in gather_dot.
+    """
+    order, offsets = by_row or (None, None)
+    return gather_sum_op(coef, weight, index, order, offsets)
+
+
+def gather_sum_reference(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return torch.einsum("nj,njd->nd", coef, weight[index])
+
+
+def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    wide = sum_dtype(coef, weight)
+    out = F.embedding_bag(index, weight.to(wide), mode="sum",
+                          per_sample_weights=coef.to(wide).contiguous())
+    return out.to(result_dtype(coef, weight))
+
+
+def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """(N, J), (N, D), by_row -> (R, D): row r sums coef[n, j] * x[n] over its pairs."""
+    wide = sum_dtype(coef, x)
+    tokens = order // coef.shape[1]                             # (P,)
+    coefs = coef.flatten()[order]                               # (P,)
+    out = F.embedding_bag(tokens, x.to(wide), offsets, mode="sum", include_last_offset=True,
+                          per_sample_weights=coefs.to(wide))
+    return out.to(result_dtype(coef, x))
+
+
+SUM_PAIRS, SUM_COLS = 16, 64    # a tile: pairs x columns; 64 columns of a table fit in L2
+SPLIT = 1024                    # no program of a table's gradient sums more pairs than this
 
 
 @jit
@@ -350,6 +326,151 @@ def segment_sum_kernel(coef, index, table, starts, ends, partial, out, D: tl.con
         count = (last - border + 1).to(tl.int32)
         total += sum_rows(None, None, partial + (border - 1) * D, count, d, D, PAIRS)
     tl.store(out + s * D + d, total.to(out.dtype.element_ty), d < D)
+
+
+def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
+                dtype: torch.dtype, partial: Optional[Tensor] = None) -> Tensor:
+    D = table.shape[1]
+    cols = min(SUM_COLS, triton.next_power_of_2(D))
+    out = table.new_empty(len(starts), D, dtype=dtype)
+    launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(),
+           index.contiguous(), table.contiguous(), starts, ends, partial, out,
+           D, SPLIT, SUM_PAIRS, cols)
+    return out
+
+
+def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    bounds = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)    # (N+1,)
+    return segment_sum(coef, index, weight, bounds[:-1], bounds[1:], result_dtype(coef, weight))
+
+
+def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    tokens = order // coef.shape[1]                             # (P,)
+    coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
+    borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
+    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
+    stops = torch.minimum(borders + SPLIT, row_end)
+    partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
+    return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
+
+
+@torch.library.custom_op("sgatlin::gather_sum", mutates_args=())
+def gather_sum_op(coef: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
+                  offsets: Optional[Tensor]) -> Tensor:
+    if runs_triton(coef.device.type, result_dtype(coef, weight)):
+        return gather_sum_triton(coef, weight, index)
+    return gather_sum_torch(coef, weight, index)
+
+
+@gather_sum_op.register_fake
+def _(coef, weight, index, order, offsets):
+    return coef.new_empty(len(coef), weight.shape[1], dtype=result_dtype(coef, weight))
+
+
+@torch.library.custom_op("sgatlin::table_grad", mutates_args=())
+def table_grad(coef: Tensor, x: Tensor, index: Tensor, n_rows: int, order: Optional[Tensor],
+               offsets: Optional[Tensor]) -> Tensor:
+    """(N, J), (N, D), (N, J) -> (R, D): row r sums coef[n, j] * x[n] where index[n, j] is r."""
+    if order is None:
+        order, offsets = sort_by_row(index, n_rows)
+    if runs_triton(coef.device.type, result_dtype(coef, x)):
+        return table_grad_triton(coef, x, order, offsets)
+    return table_grad_torch(coef, x, order, offsets)
+
+
+@table_grad.register_fake
+def _(coef, x, index, n_rows, order, offsets):
+    return x.new_empty(n_rows, x.shape[1], dtype=result_dtype(coef, x))
+
+
+def gather_sum_backward(ctx, grad):                             # (N, D)
+    coef, weight, index, order, offsets = ctx.saved_tensors
+    grad_coef = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_coef = gather_dot(grad, weight, index).to(coef.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_grad(coef, grad, index, len(weight), order, offsets).to(weight.dtype)
+    return grad_coef, grad_weight, None, None, None
+
+
+gather_sum_op.register_autograd(gather_sum_backward, setup_context=save_inputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# product_topk
+
+def product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the n*n sums scores[..., 0, a] + scores[..., 1, b], not all of them formed.
+
+    scores (N, C, 2, n): the similarities to the first and to the second sub-keys.
+    Returns gates (N, C, k), the sums in descending order, and ids (N, C, k) int32, a*n + b. Ties go
+    to the lower rank of a, then of b. ids are different and in range even when scores are NaN.
+    Raises ValueError if k > n. Product keys: Lample et al., arXiv 1907.05242.
+    """
+    if k > scores.shape[-1]:
+        raise ValueError(f"k={k} exceeds the {scores.shape[-1]} sub-keys")
+    return product_topk_op(scores, k)
+
+
+def product_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    sums = scores[..., 0, :, None] + scores[..., 1, None, :]    # (N, C, n, n)
+    return sums.flatten(-2).topk(k)
+
+
+def product_topk_torch(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n = scores.shape[-1]
+    best = top_labels(scores, torch.arange(n, device=scores.device), k)     # (N, C, 2, k)
+    values = scores.gather(-1, best)                                        # (N, C, 2, k)
+    # The sum of ranks i and j is at most those of the (i+1)*(j+1) - 1 pairs of better ranks, so it
+    # can be among the k best only if (i+1)*(j+1) <= k.
+    pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
+    i, j = torch.tensor(pairs, device=scores.device).T                      # (S,) each
+    first, second = values.unbind(-2)                                       # (N, C, k) each
+    shape = (*first.shape[:-1], len(pairs))
+    sums = first.gather(-1, i.expand(shape)) + second.gather(-1, j.expand(shape))
+    label = top_labels(sums, i << 16 | j, k)                                # (N, C, k)
+    i = label >> 16
+    j = label & 0xffff
+    a, b = best.to(torch.int32).unbind(-2)                                  # (N, C, k) each
+    gates = first.gather(-1, i) + second.gather(-1, j)
+    return gates, a.gather(-1, i) * n + b.gather(-1, j)
+
+
+def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+    a = ids // n
+    halves = torch.stack((a, ids - a * n), dim=-2).long()       # (N, C, 2, k)
+    scores = grad.new_zeros(*halves.shape[:-1], n)
+    return scores.scatter_add_(-1, halves, grad.unsqueeze(-2).expand(halves.shape))
+
+
+def top_labels(values: Tensor, labels: Tensor, k: int) -> Tensor:
+    """The labels (..., k) of the k largest of values (..., n), in order; of equals the lower first.
+
+    labels (n,) are rising int64, in [0, 2**31). In float32 on a CPU -0.0 counts as less than 0.0.
+    """
+    if values.device.type != "cpu" or values.dtype == torch.float64:
+        return labels[values.sort(dim=-1, descending=True, stable=True).indices[..., :k]]
+    # The same by numpy's vectorised sort of integers, which makes product_topk of 32 + 32 scores 3
+    # times as fast as torch.topk would, and 5 times as fast as the line above. The bits of a float,
+    # those of a negative one flipped but for the sign, order as the floats do. In place, for every
+    # temporary costs as much as the arithmetic.
+    bits = values.float().contiguous().view(torch.int32)
+    rising = bits >> 31                                         # all ones where negative
+    rising &= 0x7fffffff
+    rising ^= bits
+    keys = rising.long()
+    keys.neg_()                                                 # the largest comes first
+    keys <<= 32
+    keys |= labels                                              # then the lowest label
+    rows = keys.view(-1, keys.shape[-1]).numpy()
+    threads = torch.get_num_threads()
+    list(sorters(threads).map(np.ndarray.sort, np.array_split(rows, threads)))
+    return keys[..., :k] & 0xffffffff
+
+
+@functools.cache
+def sorters(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)      # numpy lets go of Python's lock while it sorts
 
 
 @jit
@@ -442,48 +563,6 @@ def product_topk_grad_kernel(grad, ids, out, n, K: tl.constexpr, NP: tl.constexp
     tl.store(half + n, second.to(out.dtype.element_ty), i < n)
 
 
-def launch(kernel: Callable, grid: tuple[int, ...], *args) -> None:
-    """One warp per program, on the first argument's device, which need not be the current one."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, num_warps=1, enable_fp_fusion=True)     # a * b + c in one instruction
-
-
-def gather_dot_triton(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    N, D = x.shape
-    J = index.shape[1]
-    cols = min(DOT_COLS, triton.next_power_of_2(D))
-    out = x.new_empty(N, J, dtype=result_dtype(x, weight))
-    launch(gather_dot_kernel, (N, triton.cdiv(J, DOT_SLOTS)), x.contiguous(), weight.contiguous(),
-           index.contiguous(), out, J, D, DOT_SLOTS, cols)
-    return out
-
-
-def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
-                dtype: torch.dtype, partial: Optional[Tensor] = None) -> Tensor:
-    D = table.shape[1]
-    cols = min(SUM_COLS, triton.next_power_of_2(D))
-    out = table.new_empty(len(starts), D, dtype=dtype)
-    launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(),
-           index.contiguous(), table.contiguous(), starts, ends, partial, out,
-           D, SPLIT, SUM_PAIRS, cols)
-    return out
-
-
-def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    bounds = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)    # (N+1,)
-    return segment_sum(coef, index, weight, bounds[:-1], bounds[1:], result_dtype(coef, weight))
-
-
-def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    tokens = order // coef.shape[1]                             # (P,)
-    coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
-    borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
-    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
-    stops = torch.minimum(borders + SPLIT, row_end)
-    partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
-    return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
-
-
 def product_topk_triton(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     *shape, _, n = scores.shape
     if n > 2**16 or k > 2**8:
@@ -503,141 +582,59 @@ def product_topk_grad_triton(grad: Tensor, ids: Tensor, n: int) -> Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. what torch.compile and autograd are told
-#
-# A custom_op is opaque to torch.compile: it learns the shapes of the results from the function
-# registered as fake, and the gradients from the one registered for autograd. That one reads
-# saved_tensors once, for activation checkpointing forbids a second time.
-
-def runs_triton(impl: Optional[str], *tensors: Tensor) -> bool:
-    if impl is None:
-        dtype = tensors[0].dtype if len(tensors) == 1 else result_dtype(*tensors)
-        impl = backend(tensors[0].device.type, dtype)[0]
-    return impl == "triton"
-
-
-@transpose_index.register_fake
-def _(index, n_rows):
-    order = index.new_empty(index.numel(), dtype=torch.int32)
-    offsets = index.new_empty(n_rows + 1, dtype=torch.int32)
-    return order, offsets
-
-
-@torch.library.custom_op("sgatlin::gather_dot", mutates_args=())
-def gather_dot_op(x: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
-                  offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, x, weight):
-        return gather_dot_triton(x, weight, index)
-    return gather_dot_torch(x, weight, index)
-
-
-@gather_dot_op.register_fake
-def _(x, weight, index, order, offsets, impl):
-    return x.new_empty(index.shape, dtype=result_dtype(x, weight))
-
-
-@torch.library.custom_op("sgatlin::gather_sum", mutates_args=())
-def gather_sum_op(coef: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
-                  offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, coef, weight):
-        return gather_sum_triton(coef, weight, index)
-    return gather_sum_torch(coef, weight, index)
-
-
-@gather_sum_op.register_fake
-def _(coef, weight, index, order, offsets, impl):
-    return coef.new_empty(len(coef), weight.shape[1], dtype=result_dtype(coef, weight))
-
-
-@torch.library.custom_op("sgatlin::table_grad", mutates_args=())
-def table_grad(coef: Tensor, x: Tensor, index: Tensor, n_rows: int, order: Optional[Tensor],
-               offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if order is None:
-        order, offsets = transpose_index(index, n_rows)
-    if runs_triton(impl, coef, x):
-        return table_grad_triton(coef, x, order, offsets)
-    return table_grad_torch(coef, x, order, offsets)
-
-
-@table_grad.register_fake
-def _(coef, x, index, n_rows, order, offsets, impl):
-    return x.new_empty(n_rows, x.shape[1], dtype=result_dtype(coef, x))
-
-
-def save_inputs(ctx, inputs, output):
-    *tensors, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def gather_dot_backward(ctx, grad):                             # (N, J)
-    x, weight, index, order, offsets = ctx.saved_tensors
-    grad_x = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_x = gather_sum(grad, weight, index, impl=ctx.impl).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = table_grad(grad, x, index, len(weight), order, offsets, ctx.impl)
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_x, grad_weight, None, None, None, None
-
-
-def gather_sum_backward(ctx, grad):                             # (N, D)
-    coef, weight, index, order, offsets = ctx.saved_tensors
-    grad_coef = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_coef = gather_dot(grad, weight, index, impl=ctx.impl).to(coef.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = table_grad(coef, grad, index, len(weight), order, offsets, ctx.impl)
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_coef, grad_weight, None, None, None, None
-
-
-gather_dot_op.register_autograd(gather_dot_backward, setup_context=save_inputs)
-gather_sum_op.register_autograd(gather_sum_backward, setup_context=save_inputs)
-
-
 @torch.library.custom_op("sgatlin::product_topk", mutates_args=())
-def product_topk_op(scores: Tensor, k: int, impl: Optional[str]) -> tuple[Tensor, Tensor]:
-    if runs_triton(impl, scores):
+def product_topk_op(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if runs_triton(scores.device.type, scores.dtype):
         return product_topk_triton(scores, k)
     return product_topk_torch(scores, k)
 
 
 @product_topk_op.register_fake
-def _(scores, k, impl):
+def _(scores, k):
     gates = scores.new_empty(*scores.shape[:-2], k)
     return gates, gates.new_empty(gates.shape, dtype=torch.int32)
 
 
 @torch.library.custom_op("sgatlin::product_topk_grad", mutates_args=())
-def product_topk_grad(grad: Tensor, ids: Tensor, n: int, impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, grad):
+def product_topk_grad(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+    if runs_triton(grad.device.type, grad.dtype):
         return product_topk_grad_triton(grad, ids, n)
     return product_topk_grad_torch(grad, ids, n)
 
 
 @product_topk_grad.register_fake
-def _(grad, ids, n, impl):
+def _(grad, ids, n):
     return grad.new_empty(*ids.shape[:-1], 2, n)
 
 
 def save_ids(ctx, inputs, output):
-    scores, _, ctx.impl = inputs
-    ctx.n = scores.shape[-1]
+    ctx.n = inputs[0].shape[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def product_topk_backward(ctx, grad, _):
     ids, = ctx.saved_tensors
-    return product_topk_grad(grad, ids, ctx.n, ctx.impl), None, None
+    return product_topk_grad(grad, ids, ctx.n), None
 
 
 product_topk_op.register_autograd(product_topk_backward, setup_context=save_ids)
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. python kernels.py
+# python kernels.py
+
+@contextlib.contextmanager
+def form(name: str) -> Iterator[None]:
+    """Within it all operations run in the form "torch" or "triton"."""
+    global runs_triton
+    before = runs_triton
+    runs_triton = lambda device, dtype: name == "triton"            # noqa: E731
+    try:
+        yield
+    finally:
+        runs_triton = before
+
 
 def normal(*shape: int, std: float = 1.0, device: str, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=device).mul_(std).to(dtype)
@@ -655,20 +652,23 @@ def random_layer(N: int, D: int, C: int, n: int, k: int, **kind) -> dict[str, Te
                 w_in=normal(R, D, std=1 / n, **kind), w_out=normal(R, D, std=1 / n, **kind))
 
 
-def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor,
-          impl: Optional[str] = None) -> Tensor:
-    """The layer behind its router, as in model.py; impl may also be "reference"."""
-    if impl == "reference":
-        return gather_sum_reference(gates * gather_dot_reference(x, w_in, index), w_out, index)
-    by_row = transpose_index(index, len(w_in)) if torch.is_grad_enabled() else None
-    u = gather_dot(x, w_in, index, by_row, impl)
-    return gather_sum(gates * u, w_out, index, by_row, impl)
+def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
+    """The layer behind its router, as in model.py."""
+    by_row = sort_by_row(index, len(w_in)) if torch.is_grad_enabled() else None
+    u = gather_dot(x, w_in, index, by_row)
+    return gather_sum(gates * u, w_out, index, by_row)
 
 
-def topk_gates(scores: Tensor, k: int, impl: Optional[str] = None) -> Tensor:
-    if impl == "reference":
-        return product_topk_reference(scores, k)[0]
-    return product_topk(scores, k, impl)[0]
+def layer_reference(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
+    return gather_sum_reference(gates * gather_dot_reference(x, w_in, index), w_out, index)
+
+
+def topk_gates(scores: Tensor, k: int) -> Tensor:
+    return product_topk(scores, k)[0]
+
+
+def topk_gates_reference(scores: Tensor, k: int) -> Tensor:
+    return product_topk_reference(scores, k)[0]
 
 
 def sums_at(scores: Tensor, ids: Tensor) -> Tensor:
@@ -691,10 +691,10 @@ def check(N: int, D: int, C: int, n: int, k: int, device: str, dtype: torch.dtyp
     inputs = [t["x"], t["gates"], t["w_in"], t["w_out"]]
     ours = gradients(layer, t["dy"], inputs, t["index"])
     wide = [tensor.double() for tensor in inputs]
-    truth = gradients(layer, t["dy"].double(), wide, t["index"], "reference")
+    truth = gradients(layer_reference, t["dy"].double(), wide, t["index"])
 
     gates, ids = product_topk(t["scores"], k)
-    exact = torch.equal(gates, topk_gates(t["scores"], k, "reference"))
+    exact = torch.equal(gates, topk_gates_reference(t["scores"], k))
     exact &= torch.equal(gates, sums_at(t["scores"], ids))
     exact &= bool(ids.sort(-1).values.diff(dim=-1).all())       # no neuron twice
     dy = torch.randn_like(gates)
@@ -708,7 +708,7 @@ def check(N: int, D: int, C: int, n: int, k: int, device: str, dtype: torch.dtyp
           "top-k exact" if exact else "top-k WRONG", flush=True)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     if not (exact and max(errors) < tolerance):
-        raise SystemExit("kernels: an implementation disagrees with the reference")
+        raise SystemExit("kernels.py: a kernel disagrees with its reference")
 
 
 def median_ms(fn: Callable, *args) -> float:
@@ -739,32 +739,33 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
     inputs = [t["x"], t["gates"], t["w_in"], t["w_out"]]
     up = normal(2 * d_ff, D, std=D ** -0.5, **kind)
     down = normal(D, d_ff, std=d_ff ** -0.5, **kind)
-    own = backend(**kind)[0] == "triton"
+    dgates = t["gates"].view(N, C, k)
+    forms = ["torch", "triton"] if runs_triton(**kind) else ["torch"]
 
-    # name, function, gradient of its result, inputs with a gradient, other arguments
-    rows = [("reference", layer, t["dy"], inputs, t["index"], "reference"),
-            ("torch", layer, t["dy"], inputs, t["index"], "torch")]
-    compiled = torch.compile(layer, dynamic=False)
-    if own:
-        rows += [("reference compiled", compiled, t["dy"], inputs, t["index"], "reference"),
-                 ("triton", layer, t["dy"], inputs, t["index"], "triton")]
-    rows += [(f"SwiGLU {d_ff}", swiglu, t["dy"], [t["x"], up, down])]
-    for impl in ("reference", "torch", "triton")[:2 + own]:
-        dgates = t["gates"].view(N, C, k)
-        rows += [(f"top-k {impl}", topk_gates, dgates, [t["scores"]], k, impl)]
+    # name, form, function, gradient of its result, inputs with a gradient, another argument
+    rows = [("reference", "torch", layer_reference, t["dy"], inputs, t["index"])]
+    for name in forms:
+        rows.append((name, name, layer, t["dy"], inputs, t["index"]))
+    rows.append((f"SwiGLU {d_ff}", "torch", swiglu, t["dy"], [t["x"], up, down]))
+    rows.append(("top-k reference", "torch", topk_gates_reference, dgates, [t["scores"]], k))
+    for name in forms:
+        rows.append((f"top-k {name}", name, topk_gates, dgates, [t["scores"]], k))
 
+    on_gpu = kind["device"] == "cuda"
     gathered = 2 * t["index"].numel() * t["x"][0].nbytes        # bytes in a forward pass
     print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(t['x'].dtype)[6:]}: forward gathers "
           f"{gathered / 1e9:.1f} GB from tables of {2 * t['w_in'].nbytes / 1e6:.0f} MB\n"
           "                     forward ms   +backward ms   speed   gather GB/s"
-          + ("   extra MB" if own else ""))
-    for name, fn, dy, inputs, *rest in rows:
+          + ("   extra MB" if on_gpu else ""))
+    for name, of_form, fn, dy, inputs, *rest in rows:
         if name.endswith("reference"):
             baseline = math.nan
         try:
-            with torch.no_grad():
-                forward = median_ms(fn, *inputs, *rest)
-            both = median_ms(gradients, fn, dy, inputs, *rest)
+            with form(of_form):
+                with torch.no_grad():
+                    forward = median_ms(fn, *inputs, *rest)
+                both = median_ms(gradients, fn, dy, inputs, *rest)
+                memory = gpu_memory(gradients, fn, dy, inputs, *rest) if on_gpu else 0
         except torch.OutOfMemoryError:
             print(f"{name:21}out of memory", flush=True)
             continue
@@ -772,19 +773,56 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
             baseline = both
         speed = "" if math.isnan(baseline) else f"{baseline / both:.1f}x"
         line = f"{name:21}{forward:10.2f}{both:15.2f}{speed:>8}"
-        line += f"{gathered / forward / 1e6:14.0f}" if fn in (layer, compiled) else " " * 14
-        if own:
-            line += f"{gpu_memory(gradients, fn, dy, inputs, *rest) / 1e6:11.0f}"
+        line += f"{gathered / forward / 1e6:14.0f}" if fn is layer else " " * 14
+        line += f"{memory / 1e6:11.0f}" if on_gpu else ""
         print(line.rstrip(), flush=True)
+
+
+def growth(N: int, D: int, C: int, k: int, K: int, d_ff: int) -> None:
+    """Prints what a layer with its router costs on a CPU as its pools grow, beside an MLP of d_ff.
+
+    AdamW: the step of the optimizer, which is over all parameters.
+    """
+    kind = dict(device="cpu", dtype=torch.float32)
+    x = normal(N, D, **kind)
+    dy = normal(N, D, **kind)
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    def whole_layer(x: Tensor, query: Tensor, keys: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        scores = F.linear(F.linear(x, query), keys)                             # (N, C * 2 * n)
+        gates, ids = product_topk(scores.view(N, C, 2, -1), k)                  # (N, C, k) each
+        channel = torch.arange(C, dtype=torch.int32)[:, None]
+        rows = ids + channel * (len(w_in) // C)
+        return layer(x, gates.flatten(1), w_in, w_out, rows.flatten(1))
+
+    print(f"\nN={N} D={D} C={C} k={k} d_key={K} float32: the layer as its pools grow\n"
+          "                 +backward ms   AdamW ms   parameters MB")
+    rows = [(f"MLP {d_ff}", mlp, [normal(d_ff, D, std=D**-0.5, **kind),
+                                  normal(D, d_ff, std=d_ff**-0.5, **kind)])]
+    for n in (32, 64, 128, 256):
+        parameters = [normal(K, D, std=D**-0.5, **kind), normal(C * 2 * n, K, std=K**-0.5, **kind),
+                      normal(C * n * n, D, std=1 / n, **kind),
+                      normal(C * n * n, D, std=1 / n, **kind)]
+        rows.append((f"E = {n * n}", whole_layer, parameters))
+    for name, fn, parameters in rows:
+        both = median_ms(gradients, fn, dy, [x, *parameters])
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        step = median_ms(torch.optim.AdamW(parameters, fused=True).step)
+        size = sum(p.nbytes for p in parameters)
+        print(f"{name:18}{both:11.1f}{step:11.1f}{size / 1e6:16.1f}", flush=True)
 
 
 def main() -> None:
     description = "Check the kernels against the reference, then time them."
     argparse.ArgumentParser(description=description).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, reason = backend(device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads\n"
-          f"kernels: {name}, {reason}\nrelative errors against the reference in float64:")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    used = "Triton" if runs_triton(device, torch.float32) else "PyTorch"
+    print(f"torch {torch.__version__}, {device}: {name}; the kernels run in their {used} form\n"
+          "relative errors against the reference in float64:")
     shapes = [(7, 16, 1, 3, 2), (57, 80, 2, 11, 8), (300, 128, 4, 16, 8), (1300, 64, 1, 2, 2)]
     if device == "cuda":
         shapes.append((1000, 768, 16, 88, 8))
@@ -799,7 +837,7 @@ def main() -> None:
 
     if device == "cpu":
         benchmark(4096, 256, 8, 32, 8, 512, device=device, dtype=torch.float32)
-        print("the tables of the paper's sizes need a GPU, and torch sees none")
+        growth(2048, 128, 8, 8, 32, 512)
         return
     for scale in (2, 4, 6):             # of the paper's ladder, with the SwiGLU beside it
         D = 128 * scale
