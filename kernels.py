@@ -142,7 +142,7 @@ def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     weight = weight.to(wide)
     starts = torch.arange(0, N * J + 1, J, dtype=index.dtype, device=index.device)      # (N+1,)
     columns = index.flatten()
-    if x.device.type == "cpu" and J <= len(weight):     # with more it raises RuntimeError
+    if x.device.type == "cpu" and len(weight) >= J:     # with more it raises RuntimeError
         wanted = torch.sparse_csr_tensor(starts, columns, x.new_ones(N * J), (N, len(weight)),
                                          check_invariants=False)    # a row may name one twice
         dots = torch.sparse.sampled_addmm(wanted, x, weight.T, beta=0).values()
@@ -253,8 +253,46 @@ def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) ->
     return out.to(result_dtype(coef, x))
 
 
-SUM_PAIRS, SUM_COLS = 16, 64    # a tile: pairs x columns; 64 columns of a table fit in L2
-SPLIT = 1024                    # no program of a table's gradient sums more pairs than this
+SUM_TOKENS, SUM_COLS = 16, 64   # a tile: tokens x columns; 64 columns of a table fit in L2
+
+
+@jit
+def gather_sum_kernel(coef, weight, index, out, N, J, D: tl.constexpr, TOKENS: tl.constexpr,
+                      COLS: tl.constexpr):
+    """out[n] = sum over j of coef[n, j] * weight[index[n, j]]
+    PyTorch: F.embedding_bag(index, weight, mode="sum", per_sample_weights=coef)
+
+    One program owns TOKENS tokens and COLS columns, and walks through the slots, that is through
+    the channels: rows that several tokens choose come from the nearest cache. Tokens run fastest in
+    the grid, so the GPU works through the table one slice of columns at a time, and a slice (R*COLS
+    numbers) stays in L2. Moves P rows of D, P*D/COLS ids and coefficients, and the results.
+    """
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    at = tl.minimum(t, N - 1).to(tl.int64) * J                  # past the end: the last token again
+    acc = tl.zeros((TOKENS, COLS), tl.float32)
+    for j in tl.range(0, J, loop_unroll_factor=8):              # asks for 8 rows at a time
+        row = tl.load(index + at + j).to(tl.int64)                                    # (TOKENS,)
+        scale = tl.load(coef + at + j).to(tl.float32)                                 # (TOKENS,)
+        rows = tl.load(weight + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
+        acc += scale[:, None] * rows.to(tl.float32)                             # (TOKENS, COLS)
+    here = t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + here, acc.to(out.dtype.element_ty), (t < N)[:, None] & (d < D)[None, :])
+
+
+def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    N, J = index.shape
+    D = weight.shape[1]
+    cols = min(SUM_COLS, triton.next_power_of_2(D))
+    out = coef.new_empty(N, D, dtype=result_dtype(coef, weight))
+    launch(gather_sum_kernel, (triton.cdiv(N, SUM_TOKENS), triton.cdiv(D, cols)),
+           coef.contiguous(), weight.contiguous(), index.contiguous(), out, N, J, D, SUM_TOKENS,
+           cols)
+    return out
+
+
+GRAD_PAIRS = 16                 # a tile of a table's gradient: pairs x SUM_COLS columns
+SPLIT = 1024                    # no program of it sums more pairs than this
 
 
 @jit
@@ -287,11 +325,10 @@ def segment_sum_kernel(coef, index, table, starts, ends, partial, out, D: tl.con
     """out[s] = sum of coef[q] * table[index[q]] over starts[s] <= q < ends[s]
     PyTorch: F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=coef)
 
-    A segment is the J pairs of a token (gather_sum) or all pairs of a row (a table's gradient). One
-    program owns one segment and COLS columns, and writes once; an empty segment gets 0. Segments
-    run fastest in the grid, so the GPU works through the table one slice of columns at a time, and
-    a slice (R*COLS numbers) stays in L2. Moves P rows of D, P*D/COLS ids and coefficients, and the
-    results.
+    A segment is all pairs of a row, and the table holds the tokens. One program owns one segment
+    and COLS columns, and writes once; an empty segment gets 0. Segments run fastest in the grid, so
+    the GPU works through the tokens one slice of columns at a time. Moves P rows of D, P*D/COLS ids
+    and coefficients, and the results.
 
     A popular row has a hundred times the pairs of others: one program would still be at work when
     all others are done. So the pairs, sorted by row, are cut at the borders, multiples of SPLIT:
@@ -335,13 +372,8 @@ def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends
     out = table.new_empty(len(starts), D, dtype=dtype)
     launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(),
            index.contiguous(), table.contiguous(), starts, ends, partial, out,
-           D, SPLIT, SUM_PAIRS, cols)
+           D, SPLIT, GRAD_PAIRS, cols)
     return out
-
-
-def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    bounds = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)    # (N+1,)
-    return segment_sum(coef, index, weight, bounds[:-1], bounds[1:], result_dtype(coef, weight))
 
 
 def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -473,113 +505,156 @@ def sorters(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)      # numpy lets go of Python's lock while it sorts
 
 
-@jit
-def sort_key(x, position):
-    """An integer that is larger for a larger x and, between equals, for a lower position (16 bits).
+TOPK_TOKENS = 32        # of a program: a lane has a token
 
-    An integer because GPUs have an instruction for its maximum over a warp: for sm_90 and 128
-    scores, product_topk_kernel compiles to 440 instructions in bfloat16 and 840 in float32, and
-    with tl.max(..., return_indices=True) in its place to 1300 in both.
-    """
-    # The bits of a float, those of a negative one flipped but for the sign, order as the floats do.
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+@jit
+def flip(bits):
+    """The bits of a float such that they order as floats do: those of a negative one turned but for
+    its sign. Twice, it is the bits again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def to_key(x, i):
+    """An integer that is larger for a larger x and, between equals, for a lower i (16 bits)."""
+    bits = flip(x.to(tl.float32).to(tl.int32, bitcast=True))
     if x.dtype == tl.bfloat16:
-        high = rising & -0x10000            # the lower half of a bfloat16's bits says nothing
+        high = bits & -0x10000              # the lower half of a bfloat16's bits says nothing
     else:
-        high = rising.to(tl.int64) << 16
-    return high | (0xFFFF - position)
+        high = bits.to(tl.int64) << 16
+    return high | (0xFFFF - i)
 
 
 @jit
-def largest(key, K: tl.constexpr, KP: tl.constexpr, LOWEST: tl.constexpr):
-    """The positions in the K largest of key (M,), all different, in descending order: (KP,)."""
-    top = tl.full((KP,), LOWEST, key.dtype)
-    for rank in tl.static_range(K):
-        best = tl.max(key, 0)
-        top = tl.where(tl.arange(0, KP) == rank, best, top)
-        key = tl.where(key == best, LOWEST, key)
-    return 0xFFFF - (top & 0xFFFF).to(tl.int32)
+def from_key(key):
+    """The x, in float32, and the i of a key."""
+    if key.dtype == tl.int32:
+        bits = flip(key & -0x10000) & -0x10000
+    else:
+        bits = flip((key >> 16).to(tl.int32))
+    return bits.to(tl.float32, bitcast=True), 0xFFFF - (key & 0xFFFF).to(tl.int32)
 
 
 @jit
-def product_topk_kernel(scores, gates, ids, n, K: tl.constexpr, KP: tl.constexpr, NP: tl.constexpr):
-    """The K largest of the n*n sums scores[m, 0, i] + scores[m, 1, j] and their ids i*n + j
+def repeat(x, K: tl.constexpr):
+    xs = ()
+    for _ in tl.static_range(K):
+        xs = xs + (x,)
+    return xs
+
+
+@jit
+def insert(top, key):
+    """The largest len(top) of key and the keys in the tuple top, in descending order, as top is."""
+    new = ()
+    for rank in tl.static_range(len(top)):
+        new = new + (tl.maximum(top[rank], key),)
+        key = tl.minimum(top[rank], key)
+    return new
+
+
+@jit
+def product_topk_kernel(scores, gates, ids, by_token, by_channel, by_half, by_key, N, C, n,
+                        K: tl.constexpr, TOKENS: tl.constexpr):
+    """The K largest of the n*n sums scores[t, c, 0, i] + scores[t, c, 1, j] and their ids i*n + j
     PyTorch: (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2).topk(K)
 
-    One program owns one token and channel m. KP and NP are K and n up to the next power of two.
-    All keys are different, so the ids are, and in range, whatever the scores. Moves N*C*2n scores,
-    P gates and ids.
+    One lane owns one token and channel, and keeps the K best of what it has seen in registers;
+    by_token, by_channel, ... are the strides of scores. All keys of a lane are different, so the
+    ids are, and in range, whatever the scores. Moves N*C*2n scores, P gates and ids.
     """
     dtype: tl.constexpr = scores.dtype.element_ty
+    KEY: tl.constexpr = tl.int32 if dtype == tl.bfloat16 else tl.int64
     LOWEST: tl.constexpr = -(1 << 31) if dtype == tl.bfloat16 else -(1 << 62)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1)
+    read = tl.minimum(t, N - 1).to(tl.int64)                    # past the end: the last token again
+    first = scores + read * by_token + c.to(tl.int64) * by_channel                    # (TOKENS,)
+    second = first + by_half
 
     # The K best of each half.
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, NP)
-    first = scores + m * (2 * n)
-    second = first + n
-    key = tl.where(i < n, sort_key(tl.load(first + i, i < n, 0), i), LOWEST)            # (NP,)
-    row = largest(key, K, KP, LOWEST)                                                   # (KP,)
-    key = tl.where(i < n, sort_key(tl.load(second + i, i < n, 0), i), LOWEST)
-    col = largest(key, K, KP, LOWEST)
+    rows = repeat(tl.full((TOKENS,), LOWEST, KEY), K)
+    cols = repeat(tl.full((TOKENS,), LOWEST, KEY), K)
+    for i in range(n):
+        rows = insert(rows, to_key(tl.load(first), i))
+        cols = insert(cols, to_key(tl.load(second), i))
+        first += by_key
+        second += by_key
 
-    # The K best sums of these. Of ranks (i, j), only those with (i + 1) * (j + 1) <= K can win.
-    s = tl.arange(0, KP)
-    a = tl.load(first + row, s < K, 0).to(tl.float32)
-    b = tl.load(second + col, s < K, 0).to(tl.float32)
-    total = (a[:, None] + b[None, :]).to(dtype)                                         # (KP, KP)
-    can_win = (s[:, None] + 1) * (s[None, :] + 1) <= K
-    key = tl.where(can_win, sort_key(total, s[:, None] * KP + s[None, :]), LOWEST)
-    place = largest(tl.reshape(key, (KP * KP,)), K, KP, LOWEST)                         # (KP,)
+    # The K best sums of these. Of ranks (i, j), only those with (i + 1) * (j + 1) <= K can win. A
+    # key has the sum in its upper 32 bits, then the ranks, for ties, and in its lower 24 the id.
+    best = repeat(tl.full((TOKENS,), -(1 << 63), tl.int64), K)
+    for i in tl.static_range(K):
+        a, row = from_key(rows[i])
+        for j in tl.static_range(K // (i + 1)):
+            b, col = from_key(cols[j])
+            total = (a + b).to(dtype).to(tl.float32)
+            high = flip(total.to(tl.int32, bitcast=True)).to(tl.int64) << 32
+            ranks = (0xFF - (i * K + j)) << 24
+            best = insert(best, high + ranks + (row * n + col).to(tl.int64))
 
-    # Their ids, and their sums once more. Past K, place is no place: % keeps tl.gather in range.
-    row = tl.gather(row, place // KP % KP, 0)
-    col = tl.gather(col, place % KP, 0)
-    a = tl.load(first + row, s < K, 0).to(tl.float32)
-    b = tl.load(second + col, s < K, 0).to(tl.float32)
-    tl.store(gates + m * K + s, (a + b).to(dtype), s < K)
-    tl.store(ids + m * K + s, row * n + col, s < K)
+    out = (t.to(tl.int64) * C + c) * K
+    for rank in tl.static_range(K):
+        gate = flip((best[rank] >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+        tl.store(gates + out + rank, gate.to(dtype), t < N)
+        tl.store(ids + out + rank, (best[rank] & 0xFFFFFF).to(tl.int32), t < N)
 
 
 @jit
-def product_topk_grad_kernel(grad, ids, out, n, K: tl.constexpr, NP: tl.constexpr):
-    """out[m, 0, i] = sum of grad[m, s] where ids[m, s] // n == i, out[m, 1, j] where % n == j
+def product_topk_grad_kernel(grad, ids, out, N, C, n, K: tl.constexpr, TOKENS: tl.constexpr):
+    """out[c, 0, i, t] = sum of grad[t, c, s] where ids[t, c, s] // n is i; out[c, 1, j, t]: % n, j
     PyTorch: zeros(N, C, n).scatter_add_(-1, ids // n, grad), and the same with ids % n
 
-    One program owns one token and channel m. Moves P ids and gradients, N*C*2n results.
+    One lane owns one token and channel. Moves P ids and gradients, N*C*2n results.
     """
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, NP)
-    first = tl.zeros((NP,), tl.float32)
-    second = tl.zeros((NP,), tl.float32)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1)
+    at = (tl.minimum(t, N - 1).to(tl.int64) * C + c) * K
+    rows = ()
+    cols = ()
+    grads = ()
     for s in tl.static_range(K):
-        g = tl.load(grad + m * K + s).to(tl.float32)
-        pick = tl.load(ids + m * K + s)
-        first += tl.where(i == pick // n, g, 0.0)
-        second += tl.where(i == pick % n, g, 0.0)
-    half = out + m * (2 * n) + i
-    tl.store(half, first.to(out.dtype.element_ty), i < n)
-    tl.store(half + n, second.to(out.dtype.element_ty), i < n)
+        id = tl.load(ids + at + s)
+        rows = rows + (id // n,)
+        cols = cols + (id % n,)
+        grads = grads + (tl.load(grad + at + s).to(tl.float32),)
+    first = out + c.to(tl.int64) * 2 * n * N + t
+    second = first + n.to(tl.int64) * N
+    for i in range(n):
+        row_sum = tl.zeros((TOKENS,), tl.float32)
+        col_sum = tl.zeros((TOKENS,), tl.float32)
+        for s in tl.static_range(K):
+            row_sum += tl.where(rows[s] == i, grads[s], 0.0)
+            col_sum += tl.where(cols[s] == i, grads[s], 0.0)
+        tl.store(first, row_sum.to(out.dtype.element_ty), t < N)
+        tl.store(second, col_sum.to(out.dtype.element_ty), t < N)
+        first += N
+        second += N
 
 
 def product_topk_triton(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    *shape, _, n = scores.shape
-    if n > 2**16 or k > 2**8:
-        raise ValueError(f"a position has 16 bits: n={n} exceeds 65536, or k={k} exceeds 256")
-    gates = scores.new_empty(*shape, k)
-    ids = scores.new_empty(*shape, k, dtype=torch.int32)
-    launch(product_topk_kernel, (math.prod(shape),), scores.contiguous(), gates, ids, n, k,
-           max(2, triton.next_power_of_2(k)), triton.next_power_of_2(n))
+    N, C, _, n = scores.shape
+    if k > 16 or n > 2**12:             # the registers and the bits of a key hold no more
+        return product_topk_torch(scores, k)
+    gates = scores.new_empty(N, C, k)
+    ids = scores.new_empty(N, C, k, dtype=torch.int32)
+    launch(product_topk_kernel, (triton.cdiv(N, TOPK_TOKENS), C), scores, gates, ids,
+           *scores.stride(), N, C, n, k, TOPK_TOKENS)
     return gates, ids
 
 
 def product_topk_grad_triton(grad: Tensor, ids: Tensor, n: int) -> Tensor:
-    *shape, k = ids.shape
-    out = grad.new_empty(*shape, 2, n)
-    launch(product_topk_grad_kernel, (math.prod(shape),), grad.contiguous(), ids.contiguous(), out,
-           n, k, triton.next_power_of_2(n))
+    N, C, k = ids.shape
+    out = empty_scores(grad, N, C, n)
+    launch(product_topk_grad_kernel, (triton.cdiv(N, TOPK_TOKENS), C), grad.contiguous(),
+           ids.contiguous(), out, N, C, n, k, TOPK_TOKENS)
     return out
+
+
+def empty_scores(like: Tensor, N: int, C: int, n: int) -> Tensor:
+    """(N, C, 2, n), in which what lies side by side in memory is that of neighbouring tokens."""
+    return like.new_empty(C, 2, n, N).permute(3, 0, 1, 2)
 
 
 @torch.library.custom_op("sgatlin::product_topk", mutates_args=())
@@ -604,7 +679,10 @@ def product_topk_grad(grad: Tensor, ids: Tensor, n: int) -> Tensor:
 
 @product_topk_grad.register_fake
 def _(grad, ids, n):
-    return grad.new_empty(*ids.shape[:-1], 2, n)
+    N, C, _ = ids.shape
+    if runs_triton(grad.device.type, grad.dtype):
+        return empty_scores(grad, N, C, n)
+    return grad.new_empty(N, C, 2, n)
 
 
 def save_ids(ctx, inputs, output):
@@ -819,7 +897,9 @@ def main() -> None:
     description = "Check the kernels against the reference, then time them."
     argparse.ArgumentParser(description=description).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    name = f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     used = "Triton" if runs_triton(device, torch.float32) else "PyTorch"
     print(f"torch {torch.__version__}, {device}: {name}; the kernels run in their {used} form\n"
           "relative errors against the reference in float64:")

@@ -80,7 +80,10 @@ class Router(nn.Module):
         C, parts, n, K = self.keys.shape
         q = self.query(x)
         if self.shared_query:                                           # q (N, K)
-            return F.linear(q, self.keys.view(-1, K)).view(-1, C, parts, n)
+            keys = self.keys.view(-1, K)                                # (C*parts*n, K)
+            # A GPU likes neighbouring tokens side by side in memory, a CPU those of a token.
+            scores = (keys @ q.T).T if x.is_cuda else F.linear(q, keys)
+            return scores.view(-1, C, parts, n)
         q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
         return torch.einsum("NCpK,CpnK->NCpn", q, self.keys)            # p: the part
 
@@ -423,6 +426,18 @@ class Attention(nn.Module):
         return self.qkv.flops() + self.out.flops() + 4 * T * self.out.weight.shape[0]
 
 
+class Embedding(nn.Embedding):
+    """On a GPU a gather_sum of one row a token: its gradient is a sum in a fixed order, and faster
+    than PyTorch's deterministic one."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        if not idx.is_cuda:
+            return super().forward(idx)
+        rows = idx.reshape(-1, 1).to(torch.int32)                       # (N, 1)
+        ones = self.weight.new_ones(rows.shape)
+        return kernels.gather_sum(ones, self.weight, rows).view(*idx.shape, -1)
+
+
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
@@ -440,7 +455,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.cfg = cfg
-        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)      # also the unembedding
+        self.embedding = Embedding(cfg.vocab_size, cfg.d_model)         # also the unembedding
         nn.init.normal_(self.embedding.weight, std=cfg.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.d_model)

@@ -821,8 +821,9 @@ def test_triton_gradients_of_a_layer(on_triton, monkeypatch):
     for a, b in zip(ours, truth):
         agree(a, b.cpu(), FP32)
     kernels.gradients(kernels.topk_gates, t["gates"].view(30, 2, 3), [t["scores"]], 3)
-    assert launched == {kernels.gather_dot_kernel: 2, kernels.segment_sum_kernel: 6,
-                        kernels.product_topk_kernel: 2, kernels.product_topk_grad_kernel: 1}
+    assert launched == {kernels.gather_dot_kernel: 2, kernels.gather_sum_kernel: 2,
+                        kernels.segment_sum_kernel: 4, kernels.product_topk_kernel: 2,
+                        kernels.product_topk_grad_kernel: 1}
     nothing = kernels.sort_by_row(t["index"][:0], 18)
     assert not kernels.table_grad_triton(t["gates"][:0], t["x"][:0], *nothing).any()
 
@@ -838,7 +839,7 @@ def stable_topk(scores, k):
 
 @pytest.mark.parametrize("dtype, k, C, n, N", [
     *covering(dict(dtype=(FP32, BF16)) | {name: SIZES[name] for name in "kCnN"}),
-    (BF16, 16, 1, 131, 1)])
+    (BF16, 16, 1, 40, 1), (FP32, 17, 1, 20, 2)])
 def test_triton_topk(on_triton, dtype, k, C, n, N):
     # Eighths have ties, and sums that bfloat16 holds exactly: the interpreter rounds otherwise.
     eighths = torch.randint(-63, 64, (N, C, 2, n)) / 8
@@ -866,16 +867,19 @@ def test_triton_topk_of_any_scores_is_in_range(on_triton, dtype):
 def compiled_kernels(T, D, everything):
     """(kernel, pointers, constants) as they are launched; other arguments are 32-bit integers."""
     row = dict(coef=T, index="*i32", table=T, out=T)
-    tile = dict(D=D, PAIRS=kernels.SUM_PAIRS, COLS=kernels.SUM_COLS, SPLIT=kernels.SPLIT)
+    tile = dict(D=D, PAIRS=kernels.GRAD_PAIRS, COLS=kernels.SUM_COLS, SPLIT=kernels.SPLIT)
+    yield (kernels.gather_sum_kernel, dict(coef=T, weight=T, index="*i32", out=T),
+           dict(D=D, TOKENS=kernels.SUM_TOKENS, COLS=kernels.SUM_COLS))
     yield (kernels.gather_dot_kernel, dict(x=T, weight=T, index="*i32", out=T),
            dict(D=D, SLOTS=kernels.DOT_SLOTS, COLS=min(D, kernels.DOT_COLS)))
     yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32", partial="*fp32"), tile
     if everything:
-        bounds = dict(starts="*i64", ends="*i64")
-        yield kernels.segment_sum_kernel, row | bounds, tile | dict(partial=None)
-        scores = dict(scores=T, gates=T, ids="*i32")
-        yield kernels.product_topk_kernel, scores, dict(K=8, KP=8, NP=128)
-        yield kernels.product_topk_grad_kernel, dict(grad=T, ids="*i32", out=T), dict(K=8, NP=128)
+        yield kernels.segment_sum_kernel, row | dict(starts="*i32", ends="*i32"), tile | dict(
+            partial=None)
+        lane = dict(K=8, TOKENS=kernels.TOPK_TOKENS)
+        yield (kernels.product_topk_kernel, dict(scores=T, gates=T, ids="*i32"),
+               lane | dict(by_token=1))
+        yield kernels.product_topk_grad_kernel, dict(grad=T, ids="*i32", out=T), lane
 
 
 def spilled(kernel, pointers, constants, target):
