@@ -416,6 +416,25 @@ def test_budget_buys_the_steps_of_the_paper(ffn, scale, flops, batch_size, block
     assert train.steps_for(flops, train.new_config(given, torch.device("cpu"))) == steps
 
 
+@pytest.mark.parametrize("ffn, params, flops, steps", [
+    ("sgatlin", 223777152, 21340618752, 24405), ("moe", 65458560, 27858567168, 18695),
+    ("swiglu", 29936256, 31406948352, 16583), ("mlp", 27562368, 26575110144, 19598)])
+def test_commands_of_the_papers_budget_build_its_models(ffn, params, flops, steps):
+    """Those of .github/results.md; its table has the same numbers."""
+    text = (ROOT / ".github/results.md").read_text(encoding="utf-8")
+    shared = shlex.split(re.search('PAPER="(.*)"', text)[1])
+    command = re.search(rf"python train.py \$PAPER(.*) --out_dir=runs/1e17-{ffn}\n", text)[1]
+    given = train.parse_args(shared + command.split())
+    cfg = train.new_config(given | dict(vocab_size=50258), torch.device("cuda"))
+    assert (cfg.ffn, cfg.block_size, cfg.batch_size) == (ffn, 1024, 64)
+    assert (cfg.warmup_steps, cfg.grad_clip, cfg.learning_rate) == (1000, 1.0, 1e-3)
+    model = on_meta(cfg)
+    assert model.num_params()[0] == params
+    assert model.flops_per_sequence() == flops
+    assert train.steps_for(given["flops"], cfg) == steps
+    assert f"| {ffn} | {params / 1e6:.1f} M | {steps:,} | {steps * 65536 / 1e9:.2f} B |" in text
+
+
 @pytest.mark.parametrize("router, params, flops", [
     ("product_dense", 2356233984, 112742891520), ("product_key", 2392803072, 187636383744),
     ("dense", 2542225152, 493652803584), ("key", 2559919872, None)])
