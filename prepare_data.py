@@ -36,19 +36,19 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import tempfile
 import tokenize
 import urllib.request
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import numpy as np
 import regex  # comes with tiktoken
@@ -80,7 +80,7 @@ PATTERN = (
 SAMPLE_BYTES = 40_000_000
 WORD_BYTES = 8_000_000
 PIECE = 4096            # characters: a sample consists of such pieces of the documents
-BATCH = 2**23           # characters: the text in memory while it is encoded
+BATCH = 128             # documents: in memory while they are encoded
 
 HUGGINGFACE = "https://huggingface.co/datasets/"
 DOWNLOADS = {  # source: (where its files are, their names); slimpajama's training files are counted
@@ -115,20 +115,14 @@ def download(url: str, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    print(f"downloading {url}", flush=True)
+    socket.setdefaulttimeout(30)
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length", 0))  # 0: not told
-            print(f"downloading {url} ({size / 1e6:.0f} MB)", flush=True)
-            shutil.copyfileobj(reply, file)
-            received = file.tell()
-        if size and received != size:
-            raise OSError(f"got {received} of {size} bytes")
+        urllib.request.urlretrieve(url, part)  # checks the size; its errors are OSErrors
         os.replace(part, path)
-    except OSError as error:  # urllib's own errors are OSErrors
-        raise SystemExit(f"prepare_data.py: cannot download {url}: {error}. Run again, or save it "
-                         f"as {str(path)!r}. The source python needs no network.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"prepare_data.py: {url}: {error}; run again, or save it as "
+                         f"{str(path)!r}") from error
 
 
 def walk(folder: str | Path) -> list[Path]:
@@ -141,31 +135,32 @@ def walk(folder: str | Path) -> list[Path]:
     return files
 
 
-def find_files(source: str, site_packages: bool = False, shards: int = SHARDS) -> list[Path]:
+def find_files(source: str, site_packages: bool, shards: int) -> list[Path]:
     """The files of one source, downloaded if need be. Ends the program if there is no such one."""
+    files = []
+    path = Path(source).expanduser()
     if source == "python":
         folders = ["stdlib"]
         if site_packages:
             folders += ["purelib", "platlib"]
-        files = []
         for name in folders:
             files += [path for path in walk(sysconfig.get_path(name)) if path.suffix == ".py"]
-        return files
-    if source in DOWNLOADS:
+    elif source in DOWNLOADS:
         base, names = DOWNLOADS[source]
         if source == "slimpajama":
             import_pyarrow()  # before the download
             names = names + [f"train/{shard:04}.parquet" for shard in range(shards)]
         for name in names:
-            download(base + name, DATA / source / name)
-        return [DATA / source / name for name in names]
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        return walk(path)
-    if not path.exists():
-        raise SystemExit(f"prepare_data.py: {source!r} is no file or folder, and not one of the "
-                         f"sources python, {', '.join(DOWNLOADS)}")
-    return [path]
+            files.append(DATA / source / name)
+            download(base + name, files[-1])
+    elif path.is_dir():
+        files = walk(path)
+    elif path.exists():
+        files = [path]
+    else:
+        raise SystemExit(f"prepare_data.py: {source!r} is no file, no folder and none of python, "
+                         f"{', '.join(DOWNLOADS)}")
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ def open_binary(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def open_text(path: Path) -> TextIO:
+def open_text(path: Path) -> io.TextIOWrapper:
     """Open a UTF-8 file for reading; \\r\\n stays, a byte order mark goes."""
     return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="\n")
 
@@ -233,10 +228,10 @@ TEXT_FILE = re.compile(rf"\.({'|'.join(READERS)})(\.gz|\.zst)?$", re.IGNORECASE)
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file that are not blank. Raises UnicodeError if it is not text."""
-    kind = "txt"
+    reader = read_text
     if match := TEXT_FILE.search(path.name):
-        kind = match[1].lower()
-    for text in READERS[kind](path):
+        reader = READERS[match[1].lower()]
+    for text in reader(path):
         if text and not text.isspace():
             yield text
 
@@ -245,22 +240,21 @@ def read_documents(path: Path) -> Iterator[str]:
 # training and validation
 
 
-def choose_parts(sizes: list[int], val_fraction: float) -> list[str]:
+def choose_parts(sizes: np.ndarray, val_fraction: float) -> np.ndarray:
     """The part, "train", "val" or "cut", of documents of these sizes in bytes, lowest hash first.
 
     Validation gets the first documents, until it has about val_fraction of the bytes. A document
     larger than the smaller part should be is cut instead and gives val_fraction of itself. So the
     sum is off by at most half of what the smaller part should be. Nothing under 5 bytes is cut.
     """
-    largest = max(4, min(val_fraction, 1 - val_fraction) * sum(sizes))
-    parts = ["cut" if size > largest else "train" for size in sizes]
-    whole = [i for i, part in enumerate(parts) if part == "train"]
-    reached = np.cumsum([0] + [sizes[i] for i in whole])  # by the first 0, 1, 2, ... of them
-    n_val = int(np.abs(reached - val_fraction * reached[-1]).argmin())
-    if "cut" not in parts:  # neither part may be empty
+    largest = max(4, min(val_fraction, 1 - val_fraction) * sizes.sum())
+    parts = np.where(sizes > largest, "cut", "train")
+    whole = np.flatnonzero(sizes <= largest)
+    reached = np.append(0, sizes[whole].cumsum())  # by the first 0, 1, 2, ... of them
+    n_val = np.abs(reached - val_fraction * reached[-1]).argmin()
+    if len(whole) == len(sizes):  # neither part may be empty
         n_val = max(1, min(n_val, len(whole) - 1))
-    for i in whole[:n_val]:
-        parts[i] = "val"
+    parts[whole[:n_val]] = "val"
     return parts
 
 
@@ -283,14 +277,11 @@ class Corpus:
     every document in reading order; train_bytes; skipped, the number of files that are not text.
     """
 
-    def __init__(self, files: list[Path], val_fraction: float | None = None):
+    def __init__(self, files: list[Path], val_fraction: float = VAL_FRACTION):
         """Reads everything once. Ends the program if a file is damaged or there is too little."""
-        validation = [path for path in files if any(path.match(name) for name in VALIDATION)]
-        if validation and val_fraction is not None:
-            raise SystemExit(f"prepare_data.py: --val_fraction={val_fraction} and a file that is "
-                             f"the validation text: {str(validation[0])!r}")
-        self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
         print(f"reading {len(files)} files", flush=True)
+        validation = [path for path in files if any(path.match(name) for name in VALIDATION)]
+        self.val_fraction = val_fraction
         self.files = []
         hashes = array("Q")
         sizes = array("Q")  # bytes of UTF-8
@@ -309,29 +300,27 @@ class Corpus:
             except UnicodeError:
                 del hashes[start:]
                 del sizes[start:]
-            except Exception as error:  # a damaged file, or not what its name says
-                raise SystemExit(f"prepare_data.py: cannot read {str(path)!r}, document "
+            except Exception as error:  # it is damaged, or not what its name says
+                raise SystemExit(f"prepare_data.py: {str(path)!r}, document "
                                  f"{len(hashes) - start + 1}: {error!r}") from error
             if path in validation:
                 n_validation = len(hashes)
         self.skipped = len(files) - len(self.files)
-        self._choose(np.array(hashes), np.array(sizes), n_validation)
 
-    def _choose(self, hashes: np.ndarray, sizes: np.ndarray, n_validation: int) -> None:
-        """Sets part and train_bytes."""
+        sizes = np.array(sizes, np.int64)
         # where each different hash first occurs, lowest hash first
-        _, kept = np.unique(hashes, return_index=True)
+        _, kept = np.unique(np.array(hashes), return_index=True)
         if n_validation:
             parts = np.where(kept < n_validation, "val", "train")
         else:
-            parts = choose_parts(sizes[kept].tolist(), self.val_fraction)
-        if "cut" not in parts and not ("train" in parts and "val" in parts):
-            raise SystemExit(f"prepare_data.py: too little text: {len(kept)} documents; "
-                             f"{self.skipped} files are not UTF-8")
+            parts = choose_parts(sizes[kept], val_fraction)
         self.part = np.full(len(hashes), "", "<U5")
         self.part[kept] = parts
-        cut_bytes = sizes[self.part == "cut"].sum() * (1 - self.val_fraction)
+        cut_bytes = sizes[self.part == "cut"].sum() * (1 - val_fraction)
         self.train_bytes = int(sizes[self.part == "train"].sum() + cut_bytes)
+        if self.train_bytes == 0:  # otherwise neither part is empty
+            raise SystemExit(f"prepare_data.py: too little text: {len(kept)} documents, "
+                             f"{self.skipped} files that are not UTF-8")
 
     def documents(self, wanted: str) -> Iterator[str]:
         """The texts of one part, "train" or "val", in reading order.
@@ -351,19 +340,17 @@ class Corpus:
 # the tokenizer
 
 
-def draw_pieces(texts: Iterable[str], share: float) -> Iterator[str]:
+def draw_pieces(texts: Iterator[str], share: float) -> Iterator[str]:
     """The texts if share is 1, else pieces of them, each drawn with that probability."""
-    if share == 1:
-        yield from texts
-        return
     generator = random.Random(0)
     for text in texts:
-        for start in range(0, len(text), PIECE):
+        length = len(text) if share == 1 else PIECE
+        for start in range(0, len(text), length):
             if generator.random() < share:
-                yield text[start:start + PIECE]
+                yield text[start:start + length]
 
 
-def count_words(texts: Iterable[str]) -> dict[str, int] | None:
+def count_words(texts: Iterator[str]) -> dict[str, int] | None:
     """{word: count} in the order of first occurrence, or None if the words exceed WORD_BYTES."""
     pattern = regex.compile(PATTERN)
     counts = {}
@@ -389,30 +376,15 @@ def sample_words(corpus: Corpus) -> dict[str, int]:
     Text without blanks, such as Chinese, has hardly a word twice: the sample is halved until its
     different words fit into WORD_BYTES.
     """
-    share = min(1, SAMPLE_BYTES / corpus.train_bytes)
-    counts = count_words(draw_pieces(corpus.documents("train"), share))
+    share = 2 * min(1, SAMPLE_BYTES / corpus.train_bytes)
+    counts = None
     while counts is None:
         share /= 2
         counts = count_words(draw_pieces(corpus.documents("train"), share))
     return counts
 
 
-def count_pairs(words: list[str], counts: list[int]) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """Of each pair how often it occurs, and the numbers of the words that have it: two dicts.
-
-    counts says of each word how often it occurs in the text.
-    """
-    totals = collections.defaultdict(int)
-    where = collections.defaultdict(list)
-    for number, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):  # "abc" -> "ab", "bc"
-            totals[pair] += counts[number]
-            where[pair].append(number)
-    return totals, where
-
-
-def first_place(pair: str, numbers: list[int], words: list[str],
-                tokens: list[bytes]) -> tuple[int, int]:
+def first_place(pair: str, numbers: list, words: list, tokens: list) -> tuple[int, int]:
     """Where a pair first occurs in the words of these numbers: (number of the word, byte in it)."""
     for number in sorted(set(numbers)):
         position = words[number].find(pair)
@@ -421,7 +393,7 @@ def first_place(pair: str, numbers: list[int], words: list[str],
             return number, sum(len(tokens[ord(char)]) for char in before)
 
 
-def merge(word: str, pair: str, token: str) -> tuple[str, list[tuple[str, str]]]:
+def merge(word: str, pair: str, token: str) -> tuple[str, list]:
     """Put a token where a pair stands in a word: (the new word, [(old pair, new pair), ...]).
 
     The list has every neighbour pair that changes, once for each time it does:
@@ -462,22 +434,25 @@ def train_bpe(word_counts: dict[str, int], vocab_size: int) -> dict[bytes, int]:
     # characters: so str.split and join do the merging, at their speed.
     words = [word.encode().decode("latin-1") for word in word_counts]
     counts = list(word_counts.values())
-    totals, where = count_pairs(words, counts)
+    totals = collections.defaultdict(int)  # of each pair: how often it occurs
+    where = collections.defaultdict(list)  # and the numbers of the words that have it, or had it
+    for number, word in enumerate(words):
+        for pair in map(str.__add__, word, word[1:]):  # "abc" -> "ab", "bc"
+            totals[pair] += counts[number]
+            where[pair].append(number)
     # The pairs that may be next: (-total, place, pair). Merges take from the totals of other pairs
     # and move their first places back; their entries stay as they are, and are corrected when they
     # come up. (0, 0) stands for a place that is not known yet.
     heap = [(-total, (0, 0), pair) for pair, total in totals.items()]
     heapq.heapify(heap)
     while heap and len(ranks) < vocab_size:
-        total, place, pair = heapq.heappop(heap)
+        entry = heapq.heappop(heap)
+        pair = entry[2]
         if totals[pair] == 0:
             continue
-        if -total != totals[pair]:
-            heapq.heappush(heap, (-totals[pair], (0, 0), pair))
-            continue
-        first = first_place(pair, where[pair], words, tokens)
-        if place != first:
-            heapq.heappush(heap, (total, first, pair))
+        today = (-totals[pair], first_place(pair, where[pair], words, tokens), pair)
+        if entry != today:
+            heapq.heappush(heap, today)
             continue
 
         spelling = tokens[ord(pair[0])] + tokens[ord(pair[1])]
@@ -499,34 +474,15 @@ def train_bpe(word_counts: dict[str, int], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
-def learn_bpe(corpus: Corpus, vocab_size: int) -> dict[bytes, int]:
-    """Ranks from the training text. Ends the program if it has too few for the vocab_size."""
-    print("learning the tokenizer", flush=True)
-    ranks = train_bpe(sample_words(corpus), vocab_size - 1)
-    if len(ranks) != vocab_size - 1:  # one is for <|endoftext|>
-        raise SystemExit(f"prepare_data.py: --vocab_size={vocab_size}: this text supports "
-                         f"{len(BYTES) + 1} to {len(ranks) + 1}")
-    return ranks
-
-
-def dump_ranks(ranks: dict[bytes, int]) -> str:
-    """The text of a tokenizer.tiktoken: a line per token, its bytes in base64 and its rank."""
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
-    return "".join(lines)
-
-
 def load_tokenizer(ranks: str, pat_str: str) -> tiktoken.Encoding:
     """The encoding of a tokenizer.tiktoken's text; <|endoftext|> is the last id.
 
     Raises ValueError if the text is damaged.
     """
-    # not by tiktoken.load, which caches by path and could return an older file
     rank_of = {}
     for line in ranks.splitlines():
         token, rank = line.split()
         rank_of[base64.b64decode(token)] = int(rank)
-    if sorted(rank_of.values()) != list(range(len(rank_of))):
-        raise ValueError("the ranks of the tokenizer are not 0, 1, 2, ...: it is damaged")
     return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=rank_of,
                              special_tokens={EOT: len(rank_of)})
 
@@ -535,63 +491,48 @@ def load_tokenizer(ranks: str, pat_str: str) -> tiktoken.Encoding:
 # the data set
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of about BATCH characters together: what write_bin holds in memory."""
-    batch = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch = []
-            size = 0
-    yield batch
-
-
-def write_bin(texts: Iterable[str], part: str, folder: Path, tokenizer: tiktoken.Encoding,
-              dtype: np.dtype, sha: "hashlib._Hash") -> dict[str, int]:
+def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dtype: np.dtype,
+              sha: "hashlib._Hash") -> dict[str, int]:
     """Encode texts into a new file and the hash sha; returns the counts for meta.json."""
-    print(f"encoding {part}: ", end="", flush=True)
-    eot = tokenizer.eot_token
-
-    def encode(text: str) -> np.ndarray:  # runs in threads: tiktoken lets go of Python's lock
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        return np.append(ids, np.uint32(eot)).astype(dtype)
-
     n_tokens = 0
     n_docs = 0
     n_bytes = 0
-    with open(folder / f"{part}.bin", "wb") as file, ThreadPoolExecutor() as pool:
-        for batch in batches(texts):
+
+    def encode(text: str) -> np.ndarray:  # runs in threads: tiktoken lets go of Python's lock
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        return np.append(ids, tokenizer.eot_token).astype(dtype)
+
+    with open(path, "wb") as file, ThreadPoolExecutor() as pool:
+        while batch := list(itertools.islice(texts, BATCH)):
             for ids in pool.map(encode, batch):
                 file.write(ids)
                 sha.update(ids)
                 n_tokens += len(ids)
             n_docs += len(batch)
             n_bytes += sum(len(text.encode()) for text in batch)
-    print(f"{n_tokens:,} tokens, {n_docs:,} documents, {n_bytes:,} bytes", flush=True)
-    return {f"{part}_tokens": n_tokens, f"{part}_docs": n_docs, f"{part}_bytes": n_bytes}
+    print(f"{path.name}: {n_tokens:,} tokens, {n_docs:,} documents, {n_bytes:,} bytes", flush=True)
+    return {f"{path.stem}_tokens": n_tokens, f"{path.stem}_docs": n_docs,
+            f"{path.stem}_bytes": n_bytes}
 
 
 def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
-            vocab_size: int = VOCAB_SIZE, val_fraction: float | None = None,
+            vocab_size: int = VOCAB_SIZE, val_fraction: float = VAL_FRACTION,
             site_packages: bool = False, shards: int = SHARDS) -> dict:
     """Make the data set of the sources (as on the command line) in out_dir.
 
-    tokenizer is "bpe", "gpt2" or "bytes"; vocab_size counts <|endoftext|> and is for "bpe" alone.
+    tokenizer is "bpe", "gpt2" or "bytes"; vocab_size counts <|endoftext|> and is for "bpe" alone,
+    which has fewer tokens if the text has no more pairs to merge.
     The files are made in a folder of their own and renamed at the end, meta.json last: if anything
     fails before, what was in out_dir stays as it was, and who has the old files open keeps them.
     Returns what meta.json holds. Raises OSError if out_dir cannot be written or the disk is full;
     a mistake in the arguments ends the program.
     """
-    if val_fraction is not None and not 0 < val_fraction < 1:
+    if not 0 < val_fraction < 1:
         raise SystemExit(f"prepare_data.py: --val_fraction={val_fraction} is not between 0 and 1")
-    if site_packages and "python" not in sources:
-        raise SystemExit("prepare_data.py: --site_packages goes with the source python")
-    out_dir = Path(os.path.expanduser(out_dir))
+    out_dir = Path(out_dir).expanduser()
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=out_dir) as name:
+    # what can fail at once comes before the reading
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out_dir) as name:
         folder = Path(name)
         ranks = BYTES
         pat_str = PATTERN
@@ -604,33 +545,31 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
             files += find_files(source, site_packages, shards)
         corpus = Corpus(files, val_fraction)
         if tokenizer == "bpe":
-            ranks = learn_bpe(corpus, vocab_size)
+            print("learning the tokenizer", flush=True)
+            ranks = train_bpe(sample_words(corpus), vocab_size - 1)  # 1: <|endoftext|>
+
+        ranks_text = ""
+        for token, rank in ranks.items():
+            ranks_text += f"{base64.b64encode(token).decode()} {rank}\n"
+        (folder / "tokenizer.tiktoken").write_bytes(ranks_text.encode())
+        encoding = load_tokenizer(ranks_text, pat_str)
+        dtype = np.dtype("<u2" if encoding.n_vocab <= 65536 else "<u4")
         meta = {
             "source": " ".join(sources) + (" --site_packages" if site_packages else ""),
-            "tokenizer": tokenizer, "pat_str": pat_str,
-            **write_files(corpus, dump_ranks(ranks), pat_str, folder),
+            "tokenizer": tokenizer, "pat_str": pat_str, "vocab_size": encoding.n_vocab,
+            "eot": encoding.eot_token, "dtype": dtype.name,
         }
+        sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
+        for part in ("train", "val"):
+            texts = corpus.documents(part)
+            meta |= write_bin(texts, folder / f"{part}.bin", encoding, dtype, sha)
+        meta["skipped"] = corpus.skipped
+        meta["duplicates"] = int(np.count_nonzero(corpus.part == ""))
+        meta["fingerprint"] = sha.hexdigest()[:16]
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for file in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
-            os.replace(folder / file, out_dir / file)
+        for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
+            os.replace(folder / name, out_dir / name)
     return meta
-
-
-def write_files(corpus: Corpus, ranks_text: str, pat_str: str, folder: Path) -> dict:
-    """Write train.bin, val.bin and tokenizer.tiktoken; returns what meta.json says of them."""
-    encoding = load_tokenizer(ranks_text, pat_str)
-    dtype = np.dtype("<u2" if encoding.n_vocab <= 65536 else "<u4")
-    sha = hashlib.sha256(f"{ranks_text}{pat_str}".encode())
-    counts = {}
-    for part in ("train", "val"):
-        counts |= write_bin(corpus.documents(part), part, folder, encoding, dtype, sha)
-    (folder / "tokenizer.tiktoken").write_bytes(ranks_text.encode())
-    return {
-        "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": dtype.name,
-        **counts, "skipped": corpus.skipped,
-        "duplicates": int(np.count_nonzero(corpus.part == "")),
-        "fingerprint": sha.hexdigest()[:16],
-    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -649,28 +588,25 @@ def quoted(path: str | Path) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", metavar="source",
+    parser.add_argument("sources", nargs="*", default=["python"],
                         help=f"python (default), {', '.join(DOWNLOADS)}, files or folders")
-    parser.add_argument("--out_dir", help="default: data/ and the name of the first source; "
-                        "data/packages with --site_packages")
-    parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe",
-                        help="default: bpe, learned from the text")
+    parser.add_argument("--out_dir", help="default: data/ and the name of the first source, "
+                        "or data/packages")
+    parser.add_argument("--tokenizer", choices=["bpe", "gpt2", "bytes"], default="bpe")
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE,
-                        help=f"of the bpe, {EOT} included; default: {VOCAB_SIZE}")
-    parser.add_argument("--val_fraction", type=float,
-                        help=f"share of the bytes, default: {VAL_FRACTION}; not for tinystories "
-                        "and slimpajama, which have a file for it")
+                        help=f"of the bpe (default: {VOCAB_SIZE})")
+    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION,
+                        help=f"share of the bytes, without a validation file ({VAL_FRACTION})")
     parser.add_argument("--site_packages", action="store_true",
-                        help="python: the installed packages too")
+                        help="python: installed packages too")
     parser.add_argument("--shards", type=int, default=SHARDS,
-                        help="slimpajama: training files of 292 MB, 125 million tokens each; "
-                        f"default: {SHARDS}")
+                        help=f"slimpajama: files, of 292 MB each (default: {SHARDS})")
     args = parser.parse_intermixed_args(argv)
-    args.sources = args.sources or ["python"]
-    if args.out_dir is None:
-        path = Path(os.path.expanduser(args.sources[0]))
-        name = path.resolve().name.split(".")[0]
-        args.out_dir = DATA / ("packages" if args.site_packages else name or "text")
+    if args.out_dir is None and args.site_packages:
+        args.out_dir = DATA / "packages"
+    elif args.out_dir is None:
+        name = Path(args.sources[0]).resolve().name
+        args.out_dir = DATA / (name.split(".")[0] or "text")
     return args
 
 
@@ -679,10 +615,8 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters it lacks
     meta = prepare(**vars(args))
-    n_bytes = meta["train_bytes"] + meta["val_bytes"]
-    n_tokens = meta["train_tokens"] + meta["val_tokens"]
-    print(f"{n_bytes / n_tokens:.2f} bytes per token, vocabulary {meta['vocab_size']}, "
-          f"{meta['skipped']} files skipped (not UTF-8), {meta['duplicates']} duplicates left out")
+    print(f"vocabulary {meta['vocab_size']}, {meta['skipped']} files skipped (not UTF-8), "
+          f"{meta['duplicates']} duplicates left out")
     print(f"next: python train.py --data_dir={quoted(args.out_dir)}")
 
 
