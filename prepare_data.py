@@ -38,7 +38,6 @@ import re
 import shlex
 import signal
 import socket
-import sys
 import sysconfig
 import tempfile
 import tokenize
@@ -80,7 +79,6 @@ PATTERN = (
 SAMPLE_BYTES = 40_000_000
 WORD_BYTES = 8_000_000
 PIECE = 4096            # characters: a sample consists of such pieces of the documents
-BATCH = 128             # documents: in memory while they are encoded
 
 HUGGINGFACE = "https://huggingface.co/datasets/"
 DOWNLOADS = {  # source: (where its files are, their names); slimpajama's training files are counted
@@ -93,7 +91,6 @@ DOWNLOADS = {  # source: (where its files are, their names); slimpajama's traini
 }
 # Files that are the validation text, if they are among the files.
 VALIDATION = ["tinystories/TinyStories-valid.txt", "slimpajama/validation/0000.parquet"]
-NOT_OURS = ("site-packages", "dist-packages")  # folders below a source that are left out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +112,7 @@ def download(url: str, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    print(f"downloading {url}", flush=True)
+    print(f"downloading {url}")
     socket.setdefaulttimeout(30)
     try:
         urllib.request.urlretrieve(url, part)  # checks the size; its errors are OSErrors
@@ -128,9 +125,10 @@ def download(url: str, path: Path) -> None:
 def walk(folder: str | Path) -> list[Path]:
     """The text files below a folder, sorted, without hidden folders and installed packages."""
     files = []
+    installed = ("site-packages", "dist-packages")
     for parent, folders, names in os.walk(folder):
         # os.walk goes into what is left in this list
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in NOT_OURS)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in installed)
         files += [Path(parent, name) for name in sorted(names) if TEXT_FILE.search(name)]
     return files
 
@@ -185,23 +183,18 @@ def read_text(path: Path) -> Iterator[str]:
     lines = []
     with open_text(path) as file:
         for line in file:
+            lines.append(line)
             if line.strip() == EOT:
-                yield "".join(lines)
+                yield "".join(lines[:-1])
                 lines = []
-            else:
-                lines.append(line)
     yield "".join(lines)
 
 
 def read_python(path: Path) -> Iterator[str]:
     """A .py file is one document, in the encoding that its coding line names (PEP 263)."""
     with open_binary(path) as file:
-        try:
-            encoding, first_lines = tokenize.detect_encoding(file.readline)
-            data = b"".join(first_lines) + file.read()
-            yield data.decode(encoding)
-        except (SyntaxError, LookupError) as error:
-            raise UnicodeError(f"{path}: {error}") from error
+        encoding, first_lines = tokenize.detect_encoding(file.readline)
+        yield (b"".join(first_lines) + file.read()).decode(encoding)
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -227,7 +220,10 @@ TEXT_FILE = re.compile(rf"\.({'|'.join(READERS)})(\.gz|\.zst)?$", re.IGNORECASE)
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file that are not blank. Raises UnicodeError if it is not text."""
+    """The documents of one file that are not blank.
+
+    Raises UnicodeError if it is not text, SyntaxError if the coding line of a .py file is wrong.
+    """
     reader = read_text
     if match := TEXT_FILE.search(path.name):
         reader = READERS[match[1].lower()]
@@ -277,9 +273,9 @@ class Corpus:
     every document in reading order; train_bytes; skipped, the number of files that are not text.
     """
 
-    def __init__(self, files: list[Path], val_fraction: float = VAL_FRACTION):
+    def __init__(self, files: list[Path], val_fraction: float):
         """Reads everything once. Ends the program if a file is damaged or there is too little."""
-        print(f"reading {len(files)} files", flush=True)
+        print(f"reading {len(files)} files")
         validation = [path for path in files if any(path.match(name) for name in VALIDATION)]
         self.val_fraction = val_fraction
         self.files = []
@@ -297,7 +293,7 @@ class Corpus:
                     hashes.append(int.from_bytes(digest[:8], "little"))
                     sizes.append(len(data))
                 self.files.append(path)
-            except UnicodeError:
+            except (UnicodeError, SyntaxError):  # the latter: a coding line without sense
                 del hashes[start:]
                 del sizes[start:]
             except Exception as error:  # it is damaged, or not what its name says
@@ -494,7 +490,6 @@ def load_tokenizer(ranks: str, pat_str: str) -> tiktoken.Encoding:
 def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dtype: np.dtype,
               sha: "hashlib._Hash") -> dict[str, int]:
     """Encode texts into a new file and the hash sha; returns the counts for meta.json."""
-    n_tokens = 0
     n_docs = 0
     n_bytes = 0
 
@@ -503,14 +498,14 @@ def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dt
         return np.append(ids, tokenizer.eot_token).astype(dtype)
 
     with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-        while batch := list(itertools.islice(texts, BATCH)):
+        while batch := list(itertools.islice(texts, 128)):  # the documents in memory
             for ids in pool.map(encode, batch):
                 file.write(ids)
                 sha.update(ids)
-                n_tokens += len(ids)
             n_docs += len(batch)
             n_bytes += sum(len(text.encode()) for text in batch)
-    print(f"{path.name}: {n_tokens:,} tokens, {n_docs:,} documents, {n_bytes:,} bytes", flush=True)
+        n_tokens = file.tell() // dtype.itemsize
+    print(f"{path.name}: {n_tokens:,} tokens, {n_docs:,} documents, {n_bytes:,} bytes")
     return {f"{path.stem}_tokens": n_tokens, f"{path.stem}_docs": n_docs,
             f"{path.stem}_bytes": n_bytes}
 
@@ -545,7 +540,7 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
             files += find_files(source, site_packages, shards)
         corpus = Corpus(files, val_fraction)
         if tokenizer == "bpe":
-            print("learning the tokenizer", flush=True)
+            print("learning the tokenizer")
             ranks = train_bpe(sample_words(corpus), vocab_size - 1)  # 1: <|endoftext|>
 
         ranks_text = ""
@@ -576,7 +571,7 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
 # the command
 
 
-def quoted(path: str | Path) -> str:
+def quoted(path: Path) -> str:
     """A path as a shell reads it, without control characters that a terminal would obey."""
     text = str(path)
     if text.isprintable():
@@ -585,7 +580,7 @@ def quoted(path: str | Path) -> str:
     return f"$'{codes}'"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", default=["python"],
@@ -596,28 +591,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE,
                         help=f"of the bpe (default: {VOCAB_SIZE})")
     parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION,
-                        help=f"share of the bytes, without a validation file ({VAL_FRACTION})")
+                        help=f"share of the bytes (default: {VAL_FRACTION})")
     parser.add_argument("--site_packages", action="store_true",
-                        help="python: installed packages too")
+                        help="installed packages too")
     parser.add_argument("--shards", type=int, default=SHARDS,
                         help=f"slimpajama: files, of 292 MB each (default: {SHARDS})")
     args = parser.parse_intermixed_args(argv)
-    if args.out_dir is None and args.site_packages:
-        args.out_dir = DATA / "packages"
-    elif args.out_dir is None:
-        name = Path(args.sources[0]).resolve().name
-        args.out_dir = DATA / (name.split(".")[0] or "text")
+    if args.out_dir is None:
+        name = Path(args.sources[0]).resolve().name.split(".")[0]
+        args.out_dir = DATA / ("packages" if args.site_packages else name)
     return args
 
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, nor where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters it lacks
     meta = prepare(**vars(args))
     print(f"vocabulary {meta['vocab_size']}, {meta['skipped']} files skipped (not UTF-8), "
           f"{meta['duplicates']} duplicates left out")
-    print(f"next: python train.py --data_dir={quoted(args.out_dir)}")
+    print(f"next: python train.py --data_dir={quoted(Path(args.out_dir))}")
 
 
 if __name__ == "__main__":
