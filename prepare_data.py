@@ -562,8 +562,8 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
         meta["duplicates"] = int(np.count_nonzero(corpus.part == ""))
         meta["fingerprint"] = sha.hexdigest()[:16]
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for name in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
-            os.replace(folder / name, out_dir / name)
+        for file in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
+            os.replace(folder / file, out_dir / file)
     return meta
 
 
@@ -600,12 +600,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.out_dir is None:
         name = Path(args.sources[0]).resolve().name.split(".")[0]
         args.out_dir = DATA / ("packages" if args.site_packages else name)
-    return args
 
     meta = prepare(**vars(args))
     print(f"vocabulary {meta['vocab_size']}, {meta['skipped']} files skipped (not UTF-8), "
           f"{meta['duplicates']} duplicates left out")
-    print(f"next: python train.py --data_dir={quoted(Path(args.out_dir))}")
+    print(f"next: python train.py --data_dir={quoted(Path(args.out_dir).expanduser())}")
 
 
 if __name__ == "__main__":
