@@ -314,7 +314,7 @@ class Corpus:
         self.part[kept] = parts
         cut_bytes = sizes[self.part == "cut"].sum() * (1 - val_fraction)
         self.train_bytes = int(sizes[self.part == "train"].sum() + cut_bytes)
-        if self.train_bytes == 0:  # otherwise neither part is empty
+        if (parts == "val").all():  # otherwise neither part is empty
             raise SystemExit(f"prepare_data.py: too little text: {len(kept)} documents, "
                              f"{self.skipped} files that are not UTF-8")
 
