@@ -81,7 +81,9 @@ WORD_BYTES = 8_000_000
 PIECE = 4096            # characters: a sample consists of such pieces of the documents
 
 HUGGINGFACE = "https://huggingface.co/datasets/"
-DOWNLOADS = {  # source: (where its files are, their names); slimpajama's training files are counted
+# Source: the address of its folder and the names of its files. Of slimpajama's training files the
+# first --shards are added.
+DOWNLOADS = {
     "tinystories": (HUGGINGFACE + "roneneldan/TinyStories/resolve/main/",
                     ["TinyStories-train.txt", "TinyStories-valid.txt"]),
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -89,7 +91,7 @@ DOWNLOADS = {  # source: (where its files are, their names); slimpajama's traini
     "slimpajama": (HUGGINGFACE + "DKYoon/SlimPajama-6B/resolve/refs%2Fconvert%2Fparquet/default/",
                    ["validation/0000.parquet"]),
 }
-# Files that are the validation text, if they are among the files.
+# The downloads that are the validation text of their source.
 VALIDATION = ["tinystories/TinyStories-valid.txt", "slimpajama/validation/0000.parquet"]
 
 
@@ -98,6 +100,7 @@ VALIDATION = ["tinystories/TinyStories-valid.txt", "slimpajama/validation/0000.p
 
 
 def import_pyarrow() -> ModuleType:
+    """pyarrow, which only .parquet and .zst files need."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -149,8 +152,9 @@ def find_files(source: str, site_packages: bool, shards: int) -> list[Path]:
             import_pyarrow()  # before the download
             names = names + [f"train/{shard:04}.parquet" for shard in range(shards)]
         for name in names:
-            files.append(DATA / source / name)
-            download(base + name, files[-1])
+            path = DATA / source / name
+            download(base + name, path)
+            files.append(path)
     elif path.is_dir():
         files = walk(path)
     elif path.exists():
@@ -180,6 +184,7 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
 
 def read_text(path: Path) -> Iterator[str]:
+    """What stands between lines that are <|endoftext|>; without any, the file is one document."""
     lines = []
     with open_text(path) as file:
         for line in file:
@@ -198,6 +203,7 @@ def read_python(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
+    """The "text" of each line. Raises KeyError, TypeError or ValueError if a line has none."""
     with open_text(path) as file:
         for line in file:
             if not line.isspace():
@@ -207,6 +213,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
 
 
 def read_parquet(path: Path) -> Iterator[str]:
+    """The column "text". Raises KeyError if there is none, ValueError if the file is damaged."""
     parquet = import_pyarrow().parquet
     # with a buffer, a row group is read by pages and not at once
     with parquet.ParquetFile(path, buffer_size=2**20) as file:
@@ -495,7 +502,7 @@ def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dt
 
     def encode(text: str) -> np.ndarray:  # runs in threads: tiktoken lets go of Python's lock
         ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        return np.append(ids, tokenizer.eot_token).astype(dtype)
+        return np.append(ids.astype(dtype), dtype.type(tokenizer.eot_token))
 
     with open(path, "wb") as file, ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(texts, 128)):  # the documents in memory
@@ -571,12 +578,11 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
 # the command
 
 
-def quoted(path: Path) -> str:
+def quoted(path: str) -> str:
     """A path as a shell reads it, without control characters that a terminal would obey."""
-    text = str(path)
-    if text.isprintable():
-        return shlex.quote(text)
-    codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(text))
+    if path.isprintable():
+        return shlex.quote(path)
+    codes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(path))
     return f"$'{codes}'"
 
 
@@ -604,7 +610,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = prepare(**vars(args))
     print(f"vocabulary {meta['vocab_size']}, {meta['skipped']} files skipped (not UTF-8), "
           f"{meta['duplicates']} duplicates left out")
-    print(f"next: python train.py --data_dir={quoted(Path(args.out_dir).expanduser())}")
+    print(f"next: python train.py --data_dir={quoted(os.path.expanduser(args.out_dir))}")
 
 
 if __name__ == "__main__":
