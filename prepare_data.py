@@ -215,8 +215,8 @@ def read_jsonl(path: Path) -> Iterator[str]:
 def read_parquet(path: Path) -> Iterator[str]:
     """The column "text". Raises KeyError if there is none, ValueError if the file is damaged."""
     parquet = import_pyarrow().parquet
-    # with a buffer, a row group is read by pages and not at once
-    with parquet.ParquetFile(path, buffer_size=2**20) as file:
+    # read through a buffer, not a whole row group at once
+    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=256, columns=["text"]):
             yield from batch.column("text").to_pylist()
 
@@ -387,7 +387,7 @@ def sample_words(corpus: Corpus) -> dict[str, int]:
     return counts
 
 
-def first_place(pair: str, numbers: list, words: list, tokens: list) -> tuple[int, int]:
+def first_place(pair: str, numbers: list, words: list, tokens: list) -> tuple:
     """Where a pair first occurs in the words of these numbers: (number of the word, byte in it)."""
     for number in sorted(set(numbers)):
         position = words[number].find(pair)

@@ -1149,20 +1149,19 @@ def test_formats(tmp_path):
     assert meta["skipped"] == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
 def test_large_files_are_read_in_batches(tmp_path):
     rng = random.Random(0)
-    texts = [rng.randbytes(50_000).hex() for _ in range(300)]  # 30 MB
+    texts = [rng.randbytes(2500).hex() for _ in range(30_000)]  # 150 MB
     write_parquet(tmp_path / "a.parquet", texts)
     write_zst(tmp_path / "a.jsonl.zst", texts)
-    code = ("import pyarrow.parquet, resource, sys, prepare_data; from pathlib import Path\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak()\n"
+    code = ("import pyarrow.parquet, re, sys, prepare_data; from pathlib import Path\n"
             "for _ in prepare_data.read_documents(Path(sys.argv[1])): pass\n"
-            "print(peak() - before)")
+            "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])")
     for name in ("a.parquet", "a.jsonl.zst"):
         done = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True,
                               cwd=Path(prepare_data.__file__).parent, check=True)
-        assert int(done.stdout) < 25_000, name  # kB
+        assert int(done.stdout) < 200_000, name  # kB at most
 
 
 def refusal(*args):
@@ -1196,9 +1195,8 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_out_dir_is_tried_before_anything_is_read(tmp_path):
     (tmp_path / "a.txt").write_text(STORY)
-    os.mkfifo(tmp_path / "never.txt")  # who reads it hangs
     with pytest.raises(NotADirectoryError):
-        prepare_data.prepare([str(tmp_path / "never.txt")], tmp_path / "a.txt/out")
+        prepare_data.prepare([str(tmp_path / "missing.txt")], tmp_path / "a.txt/out")
 
 
 def test_full_disk_leaves_the_old_data(tmp_path):
