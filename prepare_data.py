@@ -58,7 +58,6 @@ EOT = "<|endoftext|>"
 BYTES = {bytes([byte]): byte for byte in range(256)}  # the ranks that every BPE starts from
 VOCAB_SIZE = 4096       # of the bpe, <|endoftext|> included
 VAL_FRACTION = 0.05
-SHARDS = 14
 
 # Pre-tokenisation, after tiktoken's cl100k_base: a word with the one sign or blank before it,
 # digits by three, punctuation. Unlike there, punctuation and line ends also take the indentation
@@ -160,7 +159,7 @@ def find_files(source: str, site_packages: bool, shards: int) -> list[Path]:
     elif path.exists():
         files = [path]
     else:
-        raise SystemExit(f"prepare_data.py: {source!r} is no file, no folder and none of python, "
+        raise SystemExit(f"prepare_data.py: {source!r} is no file, no folder, none of python, "
                          f"{', '.join(DOWNLOADS)}")
     return files
 
@@ -396,7 +395,7 @@ def first_place(pair: str, numbers: list, words: list, tokens: list) -> tuple:
             return number, sum(len(tokens[ord(char)]) for char in before)
 
 
-def merge(word: str, pair: str, token: str) -> tuple[str, list]:
+def merge(word: str, pair: str, token: str) -> tuple:
     """Put a token where a pair stands in a word: (the new word, [(old pair, new pair), ...]).
 
     The list has every neighbour pair that changes, once for each time it does:
@@ -483,9 +482,11 @@ def load_tokenizer(ranks: str, pat_str: str) -> tiktoken.Encoding:
     Raises ValueError if the text is damaged.
     """
     rank_of = {}
-    for line in ranks.splitlines():
-        token, rank = line.split()
-        rank_of[base64.b64decode(token)] = int(rank)
+    for rank, line in enumerate(ranks.splitlines()):
+        token, number = line.split()
+        if int(number) != rank:  # tiktoken would end the program
+            raise ValueError(f"the tokenizer is damaged in line {rank + 1}")
+        rank_of[base64.b64decode(token)] = rank
     return tiktoken.Encoding("ours", pat_str=pat_str, mergeable_ranks=rank_of,
                              special_tokens={EOT: len(rank_of)})
 
@@ -495,7 +496,7 @@ def load_tokenizer(ranks: str, pat_str: str) -> tiktoken.Encoding:
 
 
 def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dtype: np.dtype,
-              sha: "hashlib._Hash") -> dict[str, int]:
+              sha: "hashlib._Hash") -> dict:
     """Encode texts into a new file and the hash sha; returns the counts for meta.json."""
     n_docs = 0
     n_bytes = 0
@@ -519,7 +520,7 @@ def write_bin(texts: Iterator[str], path: Path, tokenizer: tiktoken.Encoding, dt
 
 def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
             vocab_size: int = VOCAB_SIZE, val_fraction: float = VAL_FRACTION,
-            site_packages: bool = False, shards: int = SHARDS) -> dict:
+            site_packages: bool = False, shards: int = 14) -> dict:
     """Make the data set of the sources (as on the command line) in out_dir.
 
     tokenizer is "bpe", "gpt2" or "bytes"; vocab_size counts <|endoftext|> and is for "bpe" alone,
@@ -530,7 +531,7 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
     a mistake in the arguments ends the program.
     """
     if not 0 < val_fraction < 1:
-        raise SystemExit(f"prepare_data.py: --val_fraction={val_fraction} is not between 0 and 1")
+        raise SystemExit(f"prepare_data.py: --val_fraction={val_fraction} must lie in (0, 1)")
     out_dir = Path(out_dir).expanduser()
     out_dir.mkdir(parents=True, exist_ok=True)
     # what can fail at once comes before the reading
@@ -566,7 +567,7 @@ def prepare(sources: list[str], out_dir: str | Path, tokenizer: str = "bpe",
             texts = corpus.documents(part)
             meta |= write_bin(texts, folder / f"{part}.bin", encoding, dtype, sha)
         meta["skipped"] = corpus.skipped
-        meta["duplicates"] = int(np.count_nonzero(corpus.part == ""))
+        meta["duplicates"] = int((corpus.part == "").sum())
         meta["fingerprint"] = sha.hexdigest()[:16]
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         for file in ("train.bin", "val.bin", "tokenizer.tiktoken", "meta.json"):
@@ -600,8 +601,8 @@ def main(argv: list[str] | None = None) -> None:
                         help=f"share of the bytes (default: {VAL_FRACTION})")
     parser.add_argument("--site_packages", action="store_true",
                         help="installed packages too")
-    parser.add_argument("--shards", type=int, default=SHARDS,
-                        help=f"slimpajama: files, of 292 MB each (default: {SHARDS})")
+    parser.add_argument("--shards", type=int, default=14,
+                        help="slimpajama: files, of 292 MB each (default: 14)")
     args = parser.parse_intermixed_args(argv)
     if args.out_dir is None:
         name = Path(args.sources[0]).resolve().name.split(".")[0]
