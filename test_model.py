@@ -10,7 +10,6 @@ import base64
 import collections
 import contextlib
 import dataclasses
-import errno
 import gzip
 import http.server
 import io
@@ -30,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -972,34 +972,34 @@ def test_layer_compiles_once_and_can_be_checkpointed():
 # --------------------------------------------------------------------------------------------------
 # prepare_data.py
 
-SCRIPT = prepare_data.__file__
+EOT = prepare_data.EOT
 STORY = ("Lily, a girl, found a ball. Ben's dog ran to the red ball!\n"
          "  'Oh,' said Lily, 'it is my ball.'\n")
-OUTPUT = ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
-def part_text(folder, part):
+def part_documents(folder, part):
+    """The documents in train.bin or val.bin, after a check against meta.json."""
     meta = json.loads((folder / "meta.json").read_text())
     ranks = (folder / "tokenizer.tiktoken").read_text()
     tokenizer = prepare_data.load_tokenizer(ranks, meta["pat_str"])
     ids = np.fromfile(folder / f"{part}.bin", meta["dtype"])
     assert len(ids) == meta[f"{part}_tokens"]
     assert ids.max() < meta["vocab_size"] == tokenizer.n_vocab
-    return tokenizer.decode(ids.tolist())
-
-
-def part_documents(folder, part):
-    return part_text(folder, part).split("<|endoftext|>")[:-1]
+    pieces = np.split(ids, np.flatnonzero(ids == meta["eot"]) + 1)
+    assert len(pieces.pop()) == 0
+    documents = [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+    assert sum(len(text.encode()) for text in documents) == meta[f"{part}_bytes"]
+    return documents
 
 
 def numbered_stories(path, n=100):
     rng = random.Random(0)
     stories = [f"Story {i}. " + " ".join(rng.choices(STORY.split(), k=20)) + "\n" for i in range(n)]
-    path.write_text("<|endoftext|>\n".join(stories))
+    path.write_text(f"{EOT}\n".join(stories))
     return stories
 
 
@@ -1031,67 +1031,56 @@ def test_bpe_is_that_of_tiktoken(name, pattern):
 def test_every_text_comes_back(tmp_path, kind):
     (tmp_path / "a.txt").write_text(STORY * 5)
     meta = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", kind, vocab_size=300)
-    ranks_text = (tmp_path / "out/tokenizer.tiktoken").read_text()
-    tokenizer = prepare_data.load_tokenizer(ranks_text, meta["pat_str"])
+    ranks = (tmp_path / "out/tokenizer.tiktoken").read_text()
+    tokenizer = prepare_data.load_tokenizer(ranks, meta["pat_str"])
     rng = random.Random(2)
     codes = [*range(128), *rng.sample(range(128, 0xD800), 2000), *range(0xE000, 0x110000, 999)]
     anything = "".join(map(chr, codes))
     texts = ["".join(rng.choices(some, k=50))
              for some in (anything, " \n\r\ta.1é") for _ in range(300)]
-    texts += [c * 1_500_000 + "a" for c in " \n.a1"] + ["a <|endoftext|> b", ""]
+    texts += [c * 1_500_000 + "a" for c in " \n.a1"] + [f"a {EOT} b", ""]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     assert tokenizer.eot_token == tokenizer.n_vocab - 1 == meta["eot"]
-    assert tokenizer.eot_token not in tokenizer.encode_ordinary("<|endoftext|>")
 
 
-def test_gpt2(tmp_path):
-    try:
-        gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception:
-        pytest.skip("the gpt2 tokenizer is neither cached nor within reach")
+def test_gpt2_is_taken_as_it_is(tmp_path, monkeypatch):
+    ranks = prepare_data.BYTES | {b"al": 256, b"all": 257}
+    special = {EOT: 258}
+    stand_in = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks,
+                                 special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": stand_in}.get)
     (tmp_path / "a.txt").write_text(STORY * 5)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "gpt2")
-    ids = np.concatenate([np.fromfile(tmp_path / f"out/{part}.bin", "<u2")
-                          for part in ("train", "val")]).tolist()
-    assert ids.count(50256) == 2 and gpt2.decode(ids).replace("<|endoftext|>", "") == STORY * 5
-    texts = [part_text(tmp_path / "out", part) for part in ("train", "val")]
-    assert "".join(texts) == gpt2.decode(ids)
+    text = EOT.join([*part_documents(tmp_path / "out", "train"), ""])
+    ids = np.fromfile(tmp_path / "out/train.bin", "<u2").tolist()
+    assert ids == stand_in.encode(text, allowed_special="all") and 257 in ids
 
 
 def test_no_document_is_in_both_parts_and_none_is_lost(tmp_path):
-    stories = numbered_stories(tmp_path / "a.txt")
+    stories = numbered_stories(tmp_path / "a.txt", 300)
     (tmp_path / "b.txt").write_text(stories[3])  # once more, in another file
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
-    meta = prepare_data.prepare([str(tmp_path / "*.txt")], tmp_path / "out", vocab_size=300,
-                                val_fraction=0.1)
+    meta = prepare_data.prepare([str(tmp_path)], tmp_path / "out", "bytes", val_fraction=0.1)
     train = part_documents(tmp_path / "out", "train")
     val = part_documents(tmp_path / "out", "val")
     assert (len(train), len(val)) == (meta["train_docs"], meta["val_docs"])
-    longest = max(map(len, stories))
-    assert abs(meta["val_bytes"] - 0.1 * len("".join(stories))) <= longest / 2
+    assert abs(meta["val_bytes"] - 0.1 * len("".join(stories))) <= max(map(len, stories)) / 2
     assert sorted(train + val) == sorted(stories)
     assert (meta["skipped"], meta["duplicates"]) == (1, 1)
-    assert meta["train_bytes"] == len("".join(train)) and meta["val_bytes"] == len("".join(val))
     assert [s for s in stories if s in val] == val  # in the order of the text, not of the hashes
 
 
 def test_tokenizer_does_not_see_validation(tmp_path):
-    stories = numbered_stories(tmp_path / "a.txt")
+    numbered_stories(tmp_path / "a.txt")
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300,
                          val_fraction=0.3)
     words = collections.Counter()
-    for story in part_text(tmp_path / "out", "train").split("<|endoftext|>"):
+    for story in part_documents(tmp_path / "out", "train"):
         words.update(regex.findall(prepare_data.PATTERN, story))
-    text = prepare_data.dump_ranks(prepare_data.train_bpe(words, 299))
-    assert text == (tmp_path / "out/tokenizer.tiktoken").read_text() and len(stories) == 100
-
-
-def test_merge_of_one_word():
-    word, changes = prepare_data.merge("xabyab", "ab", "Z")
-    assert word == "xZyZ" and changes == [("xa", "xZ"), ("by", "Zy"), ("ya", "yZ")]
-    word, changes = prepare_data.merge("aaaaa", "aa", "Z")
-    assert word == "ZZa" and changes == [("aa", "ZZ"), ("aa", "Za")]
+    ranks = (tmp_path / "out/tokenizer.tiktoken").read_text()
+    tokenizer = prepare_data.load_tokenizer(ranks, prepare_data.PATTERN)
+    assert tokenizer._mergeable_ranks == prepare_data.train_bpe(words, 299)
 
 
 def test_sample_is_drawn_from_all_documents_and_bounded(tmp_path, monkeypatch):
@@ -1103,18 +1092,12 @@ def test_sample_is_drawn_from_all_documents_and_bounded(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("A licence.")  # the first document is small
     (tmp_path / "b.txt").write_text(" ".join(rng.choices(first, k=100_000)))
     stories = (" ".join(rng.choices(second, k=20)) for _ in range(2000))
-    (tmp_path / "c.txt").write_text("\n<|endoftext|>\n".join(stories))
-    files = prepare_data.find_files(str(tmp_path), False)
-    counts, share = prepare_data.sample_words(prepare_data.Corpus(files))
-    assert share == pytest.approx(100_000 / (0.95 * 840_000), rel=0.01)
+    (tmp_path / "c.txt").write_text(f"\n{EOT}\n".join(stories))
+    counts = prepare_data.sample_words(prepare_data.Corpus(prepare_data.walk(tmp_path), 0.05))
     n_bytes = sum(len(word) * count for word, count in counts.items())
     n_second = sum(6 * counts.get(" " + word, 0) for word in set(second))
     assert n_bytes == pytest.approx(100_000, rel=0.2)
     assert n_second == pytest.approx(n_bytes * 2 / 7, rel=0.2)  # as in the whole text
-    meta = prepare_data.prepare([str(tmp_path)], tmp_path / "out", vocab_size=700)
-    assert meta["vocab_size"] == 700
-    with pytest.raises(ValueError, match="vocab_size 9999: the sample of 12.* supports at most"):
-        prepare_data.prepare([str(tmp_path)], tmp_path / "out", vocab_size=9999)
 
 
 def test_words_of_the_sample_are_bounded_in_bytes(tmp_path, monkeypatch):
@@ -1122,27 +1105,21 @@ def test_words_of_the_sample_are_bounded_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "PIECE", 100)
     rng = random.Random(5)
     letters = [chr(code) for code in range(0x4E00, 0x9F00)] + ["。"] * 2000
-    text = "".join(rng.choices(letters, k=65_000))
-    (tmp_path / "a.txt").write_text(text)  # 200 kB, and no word of it twice
-    counts, share = prepare_data.sample_words(prepare_data.Corpus([tmp_path / "a.txt"]))
-    assert share == 1 / 8 and 10_000 < sum(len(word.encode()) for word in counts) <= 30_000
+    (tmp_path / "a.txt").write_text("".join(rng.choices(letters, k=65_000)))  # no word occurs twice
+    counts = prepare_data.sample_words(prepare_data.Corpus([tmp_path / "a.txt"], 0.05))
+    assert 10_000 < sum(len(word.encode()) for word in counts) <= 30_000
 
 
-def test_batches_are_bounded_and_keep_everything():
-    texts = ["abcd", "e", "fghijklmn", "o"]
-    assert list(prepare_data.batches(iter(texts), 5)) == [["abcd", "e"], ["fghijklmn"], ["o"]]
-
-
-def test_two_runs_agree_on_any_number_of_cores(tmp_path, monkeypatch):
-    numbered_stories(tmp_path / "a.txt")
-    for cores in (1, 5):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / f"out{cores}", vocab_size=300)
-    assert files_of(tmp_path / "out1") == files_of(tmp_path / "out5")
-    assert sorted(files_of(tmp_path / "out1")) == OUTPUT
-    other = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out1", vocab_size=301)
-    meta = json.loads((tmp_path / "out5/meta.json").read_text())
-    assert other["fingerprint"] != meta["fingerprint"]
+def test_two_runs_agree_on_any_number_of_threads(tmp_path, monkeypatch):
+    numbered_stories(tmp_path / "a.txt", 300)
+    for n in (1, 5):
+        monkeypatch.setattr(prepare_data, "ThreadPoolExecutor", lambda n=n: ThreadPoolExecutor(n))
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / f"out{n}", vocab_size=300)
+    files = files_of(tmp_path / "out1")
+    assert files == files_of(tmp_path / "out5")
+    assert sorted(files) == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
+    other = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out5", vocab_size=301)
+    assert other["fingerprint"] != json.loads(files["meta.json"])["fingerprint"]
 
 
 def numbers(first, size):
@@ -1156,18 +1133,18 @@ NOTES = [f"{i} note" for i in range(1000)]
 
 @pytest.mark.parametrize("val_fraction", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize("texts", [
-    [STORY], [BOOK], ["ab€de"], ["a" * 50_000 + "語" * 3_000],           # a single one
+    [STORY], ["ab€de"], ["a" * 50_000 + "語" * 3_000],                  # a single one
     ["a note  \n", BOOK], [BOOK, numbers(0, 50_000)], [BOOK, STORY, NOTES[1]],
-    [*NOTES, BOOK * 20], [*NOTES, BOOK, numbers(0, 3_000)],             # a giant among many
-    [numbers(1000 * i, 2000) for i in range(100)], [numbers(1000 * i, 2000) for i in range(12)],
+    [*NOTES, BOOK * 5], [*NOTES, BOOK, numbers(0, 3_000)],             # a giant among many
+    [numbers(1000 * i, 2000) for i in range(12)],
     [numbers(0, 2**i) for i in range(5, 20)], list("abcdefgh"),
-], ids=range(13))
+], ids=range(11))
 def test_split_is_by_bytes_and_loses_nothing(tmp_path, texts, val_fraction):
     seen = []
     for order in (texts, texts[::-1]):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in order)
-        (tmp_path / f"{len(seen)}.jsonl").write_text(lines)
-        prepare_data.prepare([str(tmp_path / f"{len(seen)}.jsonl")], tmp_path / "out", "bytes",
+        (tmp_path / "a.jsonl").write_text(lines)
+        prepare_data.prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", "bytes",
                              val_fraction=val_fraction)
         seen.append([sorted(part_documents(tmp_path / "out", part)) for part in ("train", "val")])
     assert seen[0] == seen[1]
@@ -1182,240 +1159,222 @@ def test_split_is_by_bytes_and_loses_nothing(tmp_path, texts, val_fraction):
     assert abs(n_val - val_fraction * total) <= max(4, smaller * total / 2)
 
 
-def test_single_document_is_cut(tmp_path):
-    (tmp_path / "a.txt").write_text(STORY * 20)
-    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=260,
-                         val_fraction=0.25)
-    train, val = (part_text(tmp_path / "out", part) for part in ("train", "val"))
-    assert train + val == STORY * 15 + "<|endoftext|>" + STORY * 5 + "<|endoftext|>"
+def write_parquet(path, texts, column="text"):
+    """A .parquet file of two row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"n": range(len(texts)), column: texts})
+    parquet.write_table(table, path, row_group_size=len(texts) // 2 + 1)
+
+
+def write_zst(path, texts):
+    with pytest.importorskip("pyarrow").output_stream(path, compression="zstd") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 def test_formats(tmp_path):
-    texts = {"a.txt": "plain\r\ntext é", "b.md": "# mark", "c.txt.gz": "zipped\r\n"}
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + texts["a.txt"].encode())
-    (tmp_path / "b.md").write_bytes(texts["b.md"].encode())
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(texts["c.txt.gz"].encode()))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "plain\r\ntext é".encode())
+    (tmp_path / "b.MD").write_text(f"# mark\n {EOT}\nsecond\n{EOT}\n")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"zipped\r\n"))
     with gzip.open(tmp_path / "e.jsonl.gz", "wt") as file:
         file.write('{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n')
-    (tmp_path / "f.py").write_bytes("# coding: latin-1\n'é'\n<|endoftext|>\n".encode("latin-1"))
+    python = "# coding: latin-1\n'é'\n"
+    (tmp_path / "f.py").write_bytes(python.encode("latin-1"))
     (tmp_path / "g.py").write_bytes(b"# coding: nonsense\n")
     (tmp_path / "h.bin").write_bytes(b"not in a folder's text")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden/i.txt").write_text("hidden")
+    write_parquet(tmp_path / "j.parquet", ["first", None, " ", "größer", f"{EOT} within\n"])
+    write_zst(tmp_path / "k.jsonl.zst", ["Zürich", "two\nlines"])
     meta = prepare_data.prepare([str(tmp_path)], tmp_path / "out", "bytes", val_fraction=0.5)
-    got = part_text(tmp_path / "out", "train") + part_text(tmp_path / "out", "val")
-    want = [*texts.values(), "one\nline", "two ?", "# coding: latin-1\n'é'\n<|endoftext|>\n"]
-    assert all(text + "<|endoftext|>" in got for text in want)
-    assert len(got) == len("<|endoftext|>".join([*want, ""]))
+    got = part_documents(tmp_path / "out", "train") + part_documents(tmp_path / "out", "val")
+    assert sorted(got) == sorted([
+        "plain\r\ntext é", "# mark\n", "second\n", "zipped\r\n", "one\nline", "two ?", python,
+        "first", "größer", f"{EOT} within\n", "Zürich", "two\nlines"])
     assert meta["skipped"] == 1
-    with prepare_data.open_text(str(tmp_path / "a.txt")) as file:
-        assert file.read() == texts["a.txt"]
-    with prepare_data.open_text(tmp_path / "f.py") as file:
-        assert file.read() == want[-1]
-    with pytest.raises(UnicodeError, match="g.py.*nonsense"):
-        prepare_data.open_text(tmp_path / "g.py")
 
 
-def test_full_disk_leaves_the_old_data(tmp_path, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
+def test_large_files_are_read_in_batches(tmp_path):
+    rng = random.Random(0)
+    texts = [rng.randbytes(2500).hex() for _ in range(30_000)]  # 150 MB
+    write_parquet(tmp_path / "a.parquet", texts)
+    write_zst(tmp_path / "a.jsonl.zst", texts)
+    code = ("import pyarrow.parquet, re, sys, prepare_data; from pathlib import Path\n"
+            "for _ in prepare_data.read_documents(Path(sys.argv[1])): pass\n"
+            "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])")
+    for name in ("a.parquet", "a.jsonl.zst"):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True,
+                              cwd=Path(prepare_data.__file__).parent, check=True)
+        assert int(done.stdout) < 200_000, name  # kB at most
+
+
+def refusal(*args):
+    """The message with which prepare_data.py ends."""
+    with pytest.raises(SystemExit) as error:
+        prepare_data.main([*map(str, args), "--out_dir=out", "--tokenizer=bytes"])
+    assert not list(Path("out").iterdir())
+    return error.value.code
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
+    Path("b.jsonl").write_text('{"text": "x"}\n{"text": 1}\n')
+    Path("c.txt.gz").write_bytes(gzip.compress(STORY.encode())[:-9])
+    write_parquet("d.parquet", ["x", "y", "z"], column="content")
+    write_parquet("e.parquet", ["x", "y", "z"])
+    write_zst("f.jsonl.zst", [random.Random(0).randbytes(50_000).hex()] * 9)
+    for name in ("e.parquet", "f.jsonl.zst"):
+        Path(name).write_bytes(Path(name).read_bytes()[:-9])
+    for path in (*tmp_path.iterdir(), Path("missing\x1b.txt")):
+        if path.name != "out":
+            assert repr(path.name)[1:-1] in refusal(path)
+    Path("blank.txt").write_text(" \n")
+    assert "too little text" in refusal("blank.txt")
+    assert "val_fraction" in refusal("blank.txt", "--val_fraction=1.5")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    for source in ("e.parquet", "f.jsonl.zst", "slimpajama"):
+        assert "pip install pyarrow" in refusal(source)
+
+
+def test_out_dir_is_tried_before_anything_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(NotADirectoryError):
+        prepare_data.prepare([str(tmp_path / "missing.txt")], tmp_path / "a.txt/out")
+
+
+def test_full_disk_leaves_the_old_data(tmp_path):
+    resource = pytest.importorskip("resource")
     numbered_stories(tmp_path / "a.txt")
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300)
     before = files_of(tmp_path / "out")
-
-    class Full(list):
-        def __exit__(self, *_): pass
-        def __enter__(self): return self
-        def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
-
-    def full_disk(path, mode, **options):
-        return Full() if path.name == "val.bin" else open(path, mode, **options)    # noqa: SIM115
-
-    monkeypatch.setattr(prepare_data, "open", full_disk, raising=False)
-    with pytest.raises(OSError, match="No space left on device: .*out is as it was"):
-        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=280)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files_of(tmp_path / "out") == before
 
 
-@pytest.fixture
-def stuck(tmp_path):
-    """Starts a prepare_data.py that hangs while it writes into out, with a file half done."""
-    os.mkfifo(tmp_path / "never.txt")
-    running = []
-
-    def start():
-        running.append(subprocess.Popen(
-            [sys.executable, SCRIPT, "never.txt", "--out_dir=out"], cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        assert running[0].stdout.read(4) == "read"
-        (tmp_path / "out/.unfinished/train.bin").write_bytes(b"half")
-        return running[0]
-    yield start
-    running[0].kill()
-    running[0].wait()
+def test_changed_text_is_an_error(tmp_path):
+    numbered_stories(tmp_path / "a.txt")
+    corpus = prepare_data.Corpus([tmp_path / "a.txt"], 0.05)
+    for n in (99, 101):
+        numbered_stories(tmp_path / "a.txt", n)
+        with pytest.raises(ValueError):
+            list(corpus.documents("train"))
 
 
-def test_killed_run_leaves_nothing_for_good(tmp_path, stuck):
+def test_runs_do_not_disturb_each_other_and_tidy_up(tmp_path):
     (tmp_path / "a.txt").write_text(STORY * 20)
-    process = stuck()
-    arguments = ["a.txt", "--out_dir=out", "--tokenizer=bytes"]
-    code, _, err = command(tmp_path, *arguments)  # while it runs, its files are its own
-    assert code == 1 and "another prepare_data.py is writing to out" in err and err.count("\n") == 1
-    assert (tmp_path / "out/.unfinished/train.bin").read_bytes() == b"half"
-    process.kill()
-    process.wait()
-    assert command(tmp_path, *arguments)[0] == 0
-    assert sorted(files_of(tmp_path / "out")) == OUTPUT
+    os.mkfifo(tmp_path / "never.txt")
+    stuck = subprocess.Popen([sys.executable, "-u", prepare_data.__file__, "never.txt",
+                              "--out_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        stuck.stdout.readline()
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
+        before = files_of(tmp_path / "out")
+        stuck.terminate()
+        assert stuck.wait(60) == 130
+    finally:
+        stuck.kill()
+        stuck.communicate()
+    assert files_of(tmp_path / "out") == before
+    assert len(list((tmp_path / "out").iterdir())) == 4
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_tidy_up(tmp_path, stuck, name):
-    process = stuck()
-    process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "\nprepare_data: interrupted\n"
-    assert not (tmp_path / "out").exists()
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("a.txt").write_text(STORY)
+    undecodable = os.fsdecode(b"\xff\x1b[2J\n")
+    for name in ("~/plain", "it's; touch $HOME/x", "naïve 日本", undecodable):
+        prepare_data.main(["~/a.txt", f"--out_dir={name}", "--tokenizer=bytes"])
+        command = capsys.readouterr().out.partition("next: python train.py ")[2].rstrip("\n")
+        assert command.isprintable()
+        shown = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True)
+        path = Path(os.fsdecode(shown.stdout.removeprefix(b"--data_dir=")))
+        assert path == Path(name).expanduser() and (path / "meta.json").exists()
 
 
-def command(folder, *args, **env):
-    done = subprocess.run([sys.executable, SCRIPT, *args], cwd=folder, env={**os.environ, **env},
-                          capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
-OFFLINE = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": "nowhere"}
-
-
-@pytest.mark.parametrize("args, code, message", [
-    (["nothing.txt"], 1, "nothing.txt: no such file"),
-    (["*.rst"], 1, "no such file, folder or match"),
-    (["empty.txt"], 1, "too little text for training and validation: 0 bytes in 1 files"),
-    (["binary.txt"], 1, "1 of them not UTF-8"),
-    (["emptydir"], 1, "no .txt, .md, .py or .jsonl files"),
-    (["bad.jsonl"], 1, 'bad.jsonl, line 2: not a JSON object with a string "text"'),
-    (["bad.txt.gz"], 1, "cannot read bad.txt.gz"),
-    (["a.txt", "--vocab_size", "256"], 1, "vocab_size 256: give 257"),
-    (["a.txt", "--vocab_size", "5000"], 1, "vocab_size 5000: the text supports at most "),
-    (["a.txt", "--val_fraction", "1"], 1, "val_fraction 1.0"),
-    (["a.txt", "--site_packages"], 1, "site_packages goes with the source python"),
-    (["a.txt", "--vocab_size=260", "--out_dir=empty.txt"], 1, "File exists: 'empty.txt'"),
-    (["a.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR"),
-    (["never.txt", "--tokenizer", "gpt2"], 1, "TIKTOKEN_CACHE_DIR"),  # before a file is read
-    (["never.txt", "--out_dir=a.txt/b"], 1, "Not a directory: 'a.txt/b'"),
-    (["tinystories", "--val_fraction=0.1"], 1, "TinyStories-valid.txt is the validation text"),
-    (["shakespeare"], 1, "save it by hand as data/shakespeare/input.txt"),
-    (["a.txt", "--vocab_size=300", "--tokenizer=bytes"], 2, "--vocab_size is for the bpe"),
-    (["a.txt", "--vocabsize=300"], 2, "--vocabsize"),
-    (["a.txt", "--vocab=300"], 2, "--vocab"),
-    (["a.txt", "--vocab_size=big"], 2, "big"),
-    (["a.txt", "--tokenizer=gpt3"], 2, "gpt3"),
-])
-def test_error_is_one_line(tmp_path, args, code, message):
-    (tmp_path / "a.txt").write_text(STORY)
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
-    (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"hello" * 1000)[:-9])
-    (tmp_path / "emptydir").mkdir()
-    os.mkfifo(tmp_path / "never.txt")  # who reads it hangs
-    (tmp_path / "data/tinystories").mkdir(parents=True)
-    for part in ("train", "valid"):
-        (tmp_path / f"data/tinystories/TinyStories-{part}.txt").write_text(STORY)
-    got, out, err = command(tmp_path, *args, **OFFLINE)
-    assert got == code and message in err, err
-    assert err.startswith("prepare_data: ") and err.count("\n") == 1, err
-    assert not list(tmp_path.glob("data/*/*.bin"))
-
-
-def test_command_line_says_what_is_next(tmp_path):
-    (tmp_path / "my tale.v2.txt").write_text(STORY * 3)
-    code, out, err = command(tmp_path, "my tale.v2.txt", "--vocab_size=270")
-    assert code == 0 and err == "" and "\r" not in out
-    assert out.endswith("wrote data/my tale; next: python train.py --data_dir='data/my tale'\n")
-    assert (tmp_path / "data/my tale/meta.json").exists()
-    assert "1 documents in 1 files" in out
-    assert "replaced data/my tale" in command(tmp_path, "my tale.v2.txt", "--vocab_size=260")[1]
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_any_terminal_can_show_the_output(tmp_path, encoding):
-    name = os.fsdecode("naïve 日本\udcff".encode("utf-8", "surrogateescape"))
-    (tmp_path / f"{name}.txt").write_text(STORY * 3)
-    done = subprocess.run([sys.executable, SCRIPT, f"{name}.txt", "--tokenizer=bytes"],
-                          cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding},
-                          capture_output=True)
-    assert done.returncode == 0 and done.stderr == b""
-    assert sorted(files_of(tmp_path / "data" / name))[0] == "meta.json"
-
-
-def test_open_files_stay_as_they_were(tmp_path):
-    (tmp_path / "a.txt").write_text(STORY * 3)
-    (tmp_path / "b.txt").write_text("Another text. " * 30)
-    prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
-    held = np.memmap(tmp_path / "out/train.bin", "<u2", "r")
-    before = held.copy()
-    prepare_data.prepare([str(tmp_path / "b.txt")], tmp_path / "out", "bytes")
-    assert np.array_equal(held, before) and part_text(tmp_path / "out", "train")[:7] == "Another"
+def test_any_standard_output_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my tale.v2.txt").write_text(STORY)
+    for stdout in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        prepare_data.main(["my tale.v2.txt", "--tokenizer=bytes"])
+        shutil.rmtree("data/my tale")  # named after the file
+    done = subprocess.run([sys.executable, "-OO", prepare_data.__file__, "--help"],
+                          capture_output=True, env=os.environ | {"COLUMNS": "80"}, text=True)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `body`, but breaks off every reply after `limit` bytes."""
+    """Serves server.files, {path: bytes}, but breaks off every reply after server.limit bytes."""
 
     def do_GET(self):
-        self.server.asked += 1
+        body = self.server.files.pop(self.path)  # nothing is asked for twice
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(self.server.body[:self.server.limit])
+        self.wfile.write(body[:self.server.limit])
 
     def log_message(self, *_):
         pass
 
 
-@pytest.mark.parametrize("arguments, folder", [
-    ("", "python"), ("python --site_packages", "packages"), ("some/books/*.txt", "books"),
-    ("notes.md", "notes"), ("tinystories", "tinystories"),
-])
-def test_default_folder(monkeypatch, arguments, folder):
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments.split()])
-    assert prepare_data.parse_arguments().out_dir == Path("data", folder)
-
-
 @pytest.fixture
-def server():
+def server(monkeypatch, tmp_path):
+    """The place of huggingface.co; the working folder is tmp_path."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.body = random.Random(3).randbytes(700_000)
-    server.limit = 700_000
-    server.asked = 0
-    server.url = f"http://127.0.0.1:{server.server_port}/a.txt"
+    server.limit = 10**9
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    for source, (base, names) in list(prepare_data.DOWNLOADS.items()):
+        base = base.replace("https://huggingface.co", server.url)
+        monkeypatch.setitem(prepare_data.DOWNLOADS, source, (base, names))
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
     yield server
     server.shutdown()
     server.server_close()
 
 
-def test_download_is_whole_or_not_there(tmp_path, server):
-    path = tmp_path / "new/a.txt"
+def test_download_is_whole_or_not_there(server):
+    path = Path("new/a.txt")
+    body = random.Random(3).randbytes(700_000)
     server.limit = 300_000
-    message = f"{server.url} .got 300000 of 700000 bytes.*by hand as {path}"
-    with pytest.raises(OSError, match=message):
-        prepare_data.download(server.url, path)
-    assert not list(path.parent.iterdir())
+    server.files = {"/a.txt": body}
+    with pytest.raises(SystemExit, match=re.escape(f"{server.url}/a.txt")):
+        prepare_data.download(server.url + "/a.txt", path)
+    assert not path.exists()
     server.limit = 700_000
-    for _ in range(2):  # the second time it is there: nothing is asked for
-        prepare_data.download(server.url, path)
-        assert path.read_bytes() == server.body and server.asked == 2
-    assert list(path.parent.iterdir()) == [path]
+    server.files = {"/a.txt": body}
+    for _ in range(2):  # the second time it is there
+        prepare_data.download(server.url + "/a.txt", path)
+        assert path.read_bytes() == body and list(path.parent.iterdir()) == [path]
 
 
-def test_downloaded_source_uses_its_own_validation_file(tmp_path, monkeypatch, server):
-    monkeypatch.chdir(tmp_path)
-    server.body = b"\n<|endoftext|>\n".join(b"story %d" % i for i in range(9))
-    urls = [server.url.replace("a.txt", f"TinyStories-{part}.txt") for part in ("train", "valid")]
-    monkeypatch.setitem(prepare_data.DOWNLOADS, "tinystories", urls)
-    Path("data/tinystories").mkdir(parents=True)
-    Path("data/tinystories/TinyStories-valid.txt").write_text("new\n<|endoftext|>\nstory 4")
-    meta = prepare_data.prepare(["tinystories"], "data/tinystories", "bytes")
-    assert part_text(Path("data/tinystories"), "val") == "new\n<|endoftext|>story 4<|endoftext|>"
-    assert meta["train_docs"] == 9 and "story 3" in part_text(Path("data/tinystories"), "train")
+def test_sources_with_a_validation_file(server):
+    stories = [f"story {i}" for i in range(9)]
+    tinystories = "/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
+    slimpajama = "/datasets/DKYoon/SlimPajama-6B/resolve/refs%2Fconvert%2Fparquet/default/"
+    server.files = {tinystories + "train.txt": f"\n{EOT}\n".join(stories).encode(),
+                    tinystories + "valid.txt": f"new\n{EOT}\nstory 4\n".encode()}
+    for name, texts in (("train/0000", stories[:5]), ("train/0001", stories[5:]),
+                        ("validation/0000", ["new", "story 4"])):
+        write_parquet("x.parquet", texts)
+        server.files[f"{slimpajama}{name}.parquet"] = Path("x.parquet").read_bytes()
+    for source in ("tinystories", "slimpajama"):
+        prepare_data.main([source, "--shards=2", "--tokenizer=bytes", "--val_fraction=0.9"])
+        val = part_documents(Path("data", source), "val")
+        train = part_documents(Path("data", source), "train")
+        assert [text.strip() for text in val] == ["new", "story 4"]
+        assert [text.strip() for text in train] == stories[:4] + stories[5:]
+    assert not server.files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1532,7 +1491,7 @@ def assert_close_runs(a, b):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    prepare_data.prepare([str(ROOT / "*.py")], folder, vocab_size=300)
+    prepare_data.prepare(sorted(map(str, ROOT.glob("*.py"))), folder, vocab_size=300)
     return folder
 
 
