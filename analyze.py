@@ -2,7 +2,7 @@
 
     python analyze.py                                        # out/report.html: a page to click
     python analyze.py neighbors --prompt "Once upon a time"  # the circuits most like a text's
-    python analyze.py map                                    # do near circuits mean alike?
+    python analyze.py classes                                # do near circuits mean alike?
     python analyze.py usage                                  # which neurons are used, and together
     python analyze.py patch --template "The {} was"          # the gates of one prompt in another
     python analyze.py explain --prompt "Once upon a time"    # what adds up to the next token
@@ -15,7 +15,7 @@
 A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers
 and channels count from 0, as in model.blocks. Every study can be read alone: what it asks, what
 computes, what prints. To drop one, delete it and its line in COMMANDS. Pictures need plotly, the
-map and its classes umap-learn (which brings scikit-learn and scipy).
+map and the classes umap-learn (which brings scikit-learn and scipy).
 
 Letters: W windows, T time, N = W*T tokens, L layers, D d_model, C channels, E neurons per channel,
 n = sqrt(E) sub-keys, k top-k, J = C*k, R = C*E rows, V vocab, Q queries, M points, F facts.
@@ -65,7 +65,7 @@ def cell(value: str | float | None) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}" if value < 10**11 else f"{value:.3g}"       # the latter are FLOPs
     return value
 
 
@@ -146,9 +146,8 @@ def write_charts(path: Path, title: str, charts: list) -> None:
     write_page(path, title, body, get_plotlyjs())
 
 
-# Colours that can be told apart also side by side; the last, grey, is for what has no class.
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f781bf", "#222222",
-           "#17becf", "#d4b400", "#7fd87f", "#0b2f8c", "#aaaaaa")
+           "#17becf", "#d4b400")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,6 +173,7 @@ class Recording:
     products: Tensor        # (L, N, J): gate * <w_in, x>, by which w_out is multiplied
     top: Tensor             # (N, 5) the likeliest next tokens
     p: Tensor               # (N, 5) their probabilities
+    embedding: Tensor       # (V, D) of the model
     size: int               # R
 
     def circuits(self, layer: int) -> Circuits:
@@ -240,7 +240,7 @@ def record(model: GPT, windows: Tensor) -> Recording:
         p[here] = (values - logits.logsumexp(1, keepdim=True)).exp().float().cpu()
     tokens = windows.numpy()
     return Recording(tokens, contexts_of(tokens), gates, rows, products, top, p,
-                     cfg.n_channels * cfg.n_experts)
+                     weight.detach().cpu(), cfg.n_channels * cfg.n_experts)
 
 
 PASSAGE = 64        # tokens
@@ -326,12 +326,9 @@ class Run:
         if text is None:
             tokens = self.data.tokens("val")
             tokens = np.asarray(tokens[len(tokens) // 2:][:2**20])
-            start = 0
-            for end, following in itertools.pairwise(
-                    np.flatnonzero(tokens == self.encoding.eot_token)):
-                if following - end > PASSAGE:
-                    start = end + 1
-                    break
+            ends = np.flatnonzero(tokens == self.encoding.eot_token)
+            long = ends[:-1][np.diff(ends) > PASSAGE]       # those that a long document follows
+            start = long[0] + 1 if len(long) else 0
             passage = tokens[start:start + min(PASSAGE, T - 1)]
             return [self.encoding.eot_token, *passage.tolist()]
         tokens = encode_prompt(self.encoding, text)
@@ -413,7 +410,7 @@ def show_neighbors(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# map: do near circuits mean alike, and more so than without training? (arXiv 2606.07414, Figure 6)
+# classes: do near circuits mean alike, and more so than without training?
 
 class Classes(NamedTuple):
     """Classes of tokens that occur in like contexts."""
@@ -485,47 +482,7 @@ def meaning(run: Run, layer: int, label: np.ndarray) -> tuple[np.ndarray, dict[s
         "chance": chance_shares(trained, queries, label)}
 
 
-def plane(circuits: Circuits) -> np.ndarray:
-    """Coordinates (M, 2) of circuits: UMAP of their cosine distances."""
-    from umap import UMAP
-    distances = (1 - gram(circuits)).clamp(min=0).fill_diagonal_(0).numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # distances have no inverse, a seed means one thread
-        mapper = UMAP(n_neighbors=15, metric="precomputed", random_state=0)
-        return mapper.fit_transform(distances).round(2)
-
-
-def map_places(tokens: np.ndarray) -> list[int]:
-    """Of each of the 100 most frequent tokens at most 10 places, at random."""
-    rng = np.random.default_rng(0)
-    places = []
-    for token in np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]:
-        places += rng.permutation(np.flatnonzero(tokens == token))[:10].tolist()
-    return places
-
-
-def draw_map(run: Run, layer: int, classes: Classes, path: Path) -> None:
-    """The trained circuits, and beside them the untrained, in the colours of their classes."""
-    from plotly.subplots import make_subplots
-    places = map_places(run.trained.tokens)
-    tokens = run.trained.tokens.ravel()[places]
-    label = classes.of_token[tokens]
-    figure = make_subplots(cols=2, subplot_titles=["trained", "untrained"])
-    for column, recording in enumerate([run.trained, run.untrained], 1):
-        progress(f"map {len(places)} circuits")
-        xy = plane(recording.circuits(layer).at(places))
-        for c in np.unique(label):
-            names = [html.escape(run.name(token)) for token in tokens[label == c]]
-            figure.add_scatter(x=xy[label == c, 0], y=xy[label == c, 1], mode="markers",
-                               name=html.escape(classes.names[c]), legendgroup=str(c),
-                               showlegend=column == 1, text=names, hoverinfo="text",
-                               marker=dict(color=COLOURS[c], size=6), row=1, col=column)
-    figure.update_layout(height=700)
-    write_charts(path, f"Circuits of layer {layer}", [figure])
-
-
-def show_map(args: argparse.Namespace) -> None:
-    path = place_for(args.out_dir, "map.html")
+def show_classes(args: argparse.Namespace) -> None:
     run = run_of(args)
     layer = run.layer(args.layer)
     classes = context_classes(run)
@@ -533,29 +490,22 @@ def show_map(args: argparse.Namespace) -> None:
     label = classes.of_token[tokens.ravel()]
     queries, shares = meaning(run, layer, label)
     of_window = queries // tokens.shape[1] == np.arange(len(tokens))[:, None]   # (W, Q)
-    rows = [["all", len(queries), *(jackknife(values, of_window) for values in shares.values())]]
     of_query = label[queries]
+    rows = [["all", len(queries), *(jackknife(values, of_window) for values in shares.values())]]
     for c, count in Counter(of_query.tolist()).most_common():
         chosen = of_query == c
         row = [jackknife(values[chosen], of_window[:, chosen]) for values in shares.values()]
         rows.append([classes.names[c], count, *row])
-    if has_plotly():
-        draw_map(run, layer, classes, path)
-    print(f"Of {len(queries)} random tokens, the share of their own class in the {NEIGHBORS} "
-          "nearest circuits of other tokens. Classes are found without labels: tokens that occur "
-          "in like contexts. Controls: the model before training; the trained gates dealt out to "
-          "tokens at random; all tokens. Intervals of 95 %, over windows.")
+    print(f"Of random tokens, the share of their own class in the {NEIGHBORS} nearest circuits of "
+          "other tokens. Classes are found without labels: tokens that occur in like contexts. "
+          "Controls: the model before training; the trained gates dealt out to tokens at random; "
+          "all tokens. Intervals of 95 %, over windows. The map is in the report.")
     show(f"Neighbours of the same class, layer {layer}", ["class", "tokens", *shares], rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # usage: which neurons are used, which together, and do the first gates follow the embeddings?
 # (arXiv 2606.07414, Figures 8 and 9, and its code's CKA)
-
-def count_rows(rows: Tensor, R: int, C: int) -> Tensor:
-    """(C, E) float64: how often the neurons are among rows (...)."""
-    return rows.flatten().bincount(minlength=R).double().view(C, -1)
-
 
 def coactivation(ids: Tensor, size: int) -> Tensor:
     """P(j | i) (size, size): of the tokens that use neuron i the share that use j; ids (N, k)."""
@@ -595,14 +545,11 @@ def alignment(run: Run) -> dict[str, float]:
     _, first, counts = np.unique(tokens, return_index=True, return_counts=True)
     often = first[np.argsort(-counts, kind="stable")[:100]]
     shuffled = np.random.default_rng(0).permutation(often)
-    torch.manual_seed(run.seed)
-    embeddings = {"trained": run.model.embedding.weight.detach().cpu(),
-                  "untrained": GPT(run.cfg).embedding.weight.detach()}
     result = {}
-    for name, source, recording, places in (("trained", "trained", run.trained, often),
-                                            ("untrained", "untrained", run.untrained, often),
-                                            ("shuffled", "trained", run.trained, shuffled)):
-        x = embeddings[source][tokens[often]]                                   # (M, D)
+    for name, recording, places in (("trained", run.trained, often),
+                                    ("untrained", run.untrained, often),
+                                    ("shuffled", run.trained, shuffled)):
+        x = recording.embedding[tokens[often]]                                  # (M, D)
         circuits = Circuits(recording.gates[0], recording.rows[0], recording.size).at(places)
         result[name] = gram_cka(x @ x.T, gram(circuits))
     return result
@@ -632,23 +579,20 @@ def show_usage(args: argparse.Namespace) -> None:
     cfg = run.cfg
     R = cfg.n_channels * cfg.n_experts
     n = math.isqrt(cfg.n_experts)
-    tokens = run.trained.tokens
-    _, distinct = np.unique(tokens.ravel(), return_index=True)
     rows = []
     together = []
     for of_layer, chosen in enumerate(run.trained.rows):                        # (N, J)
-        used, gini = usage(count_rows(chosen, R, cfg.n_channels))
-        _, once = usage(count_rows(chosen[distinct], R, cfg.n_channels))
-        rows.append([of_layer, used, gini, once])
+        counts = chosen.flatten().bincount(minlength=R).double()
+        used, gini = usage(counts.view(cfg.n_channels, -1))                     # (C, E)
+        rows.append([of_layer, used, gini])
         for name, recording in (("trained", run.trained), ("untrained", run.untrained)):
             ids = recording.rows[of_layer].view(-1, cfg.n_channels, cfg.top_k) % cfg.n_experts
             together.append([of_layer, name, *shared_subkeys(ids, n)])
     if has_plotly():
         draw_coactivation(run, layer, args.channel, path)
-    print(f"Of a layer's {R:,} neurons, the share used at least once in {tokens.size:,} tokens, "
-          "and how evenly: Gini (0 all alike, 1 one has all), also over the first of each distinct "
-          "token, as in the paper.")
-    show("Usage", ["layer", "used", "Gini", "Gini, distinct"], rows)
+    print(f"Of a layer's {R:,} neurons, the share used at least once in "
+          f"{run.trained.tokens.size:,} tokens, and how evenly: Gini (0 all alike, 1 one has all).")
+    show("Usage", ["layer", "used", "Gini"], rows)
     if cfg.router.startswith("product"):
         print(f"\nP(j | i): of the tokens that use neuron i, the share that use j. Neuron {n} a + "
               "b has sub-keys a and b.")
@@ -1140,11 +1084,11 @@ def show_controls(run: Run) -> None:
     windows, _ = run.data.windows("val", run.data.val_starts(100))
     windows = windows[:, :64]
     count = min(8, run.cfg.n_channels * run.cfg.top_k // 2)     # leaves as many others
+    if count == 0:
+        print("\nNo control: there is only one neuron to switch off.")
+        return
     rows = []
     for name, pairs in controls(run, windows, count).items():
-        if count == 0:
-            rows.append([name, len(pairs), "-", "-", "-"])
-            continue
         predicted, actual = np.array(pairs).T
         of_prompt = np.eye(len(pairs), dtype=bool)
         correlation = None
@@ -1470,60 +1414,47 @@ def show_redistribute(args: argparse.Namespace) -> None:
 # curves: which layer has the lowest loss, for equal steps, FLOPs and seconds? (arXiv 2606.07414,
 # Figures 1 and 3) And keep: what is left of runs when their folders are gone.
 
-# Settings that leave the result as it is, or have a column of their own.
-NO_RESULT = {"data_dir", "out_dir", "resume", "overwrite", "scale", "steps", "flops", "seed",
-             "micro_batch_size", "eval_interval", "log_interval", "device", "compile", "shard"}
+# Settings that leave the result as it is, and those that have a column of their own.
+PLACES = {"data_dir", "out_dir", "resume", "overwrite"}
+NO_RESULT = PLACES | {"scale", "steps", "flops", "seed", "micro_batch_size", "eval_interval",
+                      "log_interval", "device", "compile", "shard"}
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
-
-
-def json_lines(path: Path) -> list[dict]:
-    """The objects of a file, one a line; others are skipped: a kill can cut a line short."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                entries.append(entry)
-    return entries
 
 
 def read_runs(path: Path) -> list[dict]:
     """The run of a folder or of its log, or the runs of a file that keep wrote.
 
-    A run is a dict: run (its name), settings (those that differ from TrainConfig's), data, evals,
-    seconds (of all steps, at the pace of the median one: it may have slept, or shared a
-    processor), machine, commit. Values that an old log lacks are None.
+    A run is a dict: run (its name), settings (all of train.py's), data, evals, seconds (of all
+    steps, at the pace of the median one: it may have slept, or shared a processor), machine,
+    versions, commit. Values that an old log lacks are None.
     """
     file = path / "log.jsonl" if path.is_dir() else path
-    entries = json_lines(file)
-    kept = [entry for entry in entries if "evals" in entry]
-    starts = [entry for entry in entries if entry.get("event") in ("config", "resume")]
+    defaults = vars(TrainConfig())
+    kept = []
+    by_event = defaultdict(list)
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        entry = None
+        with contextlib.suppress(json.JSONDecodeError):         # a kill can cut a line short
+            entry = json.loads(line)
+        if not isinstance(entry, dict):
+            continue
+        if "evals" in entry:
+            kept.append(entry | dict(settings=defaults | entry["settings"]))
+        by_event[entry.pop("event", None)].append(entry)
+    starts = by_event["config"] + by_event["resume"]
     if kept or not starts:
         return kept
-    defaults = vars(TrainConfig())
-    settings = {}
-    for name, value in starts[-1]["config"].items():
-        if name not in defaults or value != defaults[name]:
-            settings[name] = value
+    settings = defaults | starts[-1]["config"]
     paces = []
-    steps = [entry for entry in entries if entry.get("event") == "step"]
-    for before, after in itertools.pairwise(steps):
+    for before, after in itertools.pairwise(by_event["step"]):
         if after["step"] > before["step"]:
             paces.append((after["seconds"] - before["seconds"]) / (after["step"] - before["step"]))
-    seconds = None
-    if paces:
-        seconds = round(statistics.median(paces) * starts[-1]["config"]["steps"], 1)
-    machines = {}       # in their order
-    for start in starts:
-        versions = start.get("versions", {})
-        machines[f"{versions.get('machine')}, {versions.get('processes', 1)} process(es)"] = True
-    evals = []
-    for entry in entries:
-        if entry.get("event") == "eval":
-            evals.append({name: value for name, value in entry.items() if name != "event"})
-    return [dict(run=str(path), settings=settings, data=starts[0].get("data", {}), evals=evals,
-                 seconds=seconds, machine=" + ".join(machines), versions=starts[0].get("versions"),
-                 commit=commit_of(file.parent))]
+    seconds = settings["steps"] * statistics.median(paces) if paces else None
+    versions = [start.get("versions", {}) for start in starts]
+    machines = dict.fromkeys(str(version.get("machine")) for version in versions)
+    return [dict(run=file.resolve().parent.name, settings=settings, data=starts[0].get("data", {}),
+                 evals=by_event["eval"], seconds=seconds, machine=" and ".join(machines),
+                 versions=versions[-1], commit=commit_of(file.parent))]
 
 
 def commit_of(folder: Path) -> str | None:
@@ -1534,43 +1465,60 @@ def commit_of(folder: Path) -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def all_settings(run: dict) -> dict:
-    return vars(TrainConfig()) | run["settings"]
-
-
-def last_step(run: dict) -> int:
+def steps_done(run: dict) -> int:
     return run["evals"][-1]["step"] if run["evals"] else 0
 
 
 def is_finished(run: dict) -> bool:
-    return last_step(run) == all_settings(run)["steps"]
+    return steps_done(run) == run["settings"]["steps"]
 
 
 def show_keep(args: argparse.Namespace) -> None:
+    """Of its settings a kept run has those that differ from TrainConfig's."""
+    defaults = vars(TrainConfig())
     for run in itertools.chain(*map(read_runs, args.runs)):
-        if is_finished(run):
-            print(json.dumps(run))
-        else:
-            progress(f"{run['run']} is not finished: it is at step {last_step(run)}")
+        if not is_finished(run):
+            progress(f"left out, not finished: {run['run']}")
+            continue
+        settings = {}
+        for name, value in run["settings"].items():
+            if name not in PLACES and (name not in defaults or value != defaults[name]):
+                settings[name] = value
+        print(json.dumps(run | dict(settings=settings)))
 
 
 def result_settings(run: dict) -> dict:
     """What runs that differ by their seeds have in common: the settings that make their loss."""
-    settings = all_settings(run)
-    if settings["dtype"] == "auto" and run["machine"].startswith("cpu"):
-        settings["dtype"] = "float32"
-    idle = idle_settings(settings, settings["ffn"])
-    return {name: value for name, value in settings.items()
-            if name not in NO_RESULT and name not in idle}
+    settings = run["settings"]
+    unlike = NO_RESULT.union(idle_settings(settings, settings["ffn"]))
+    result = {name: value for name, value in settings.items() if name not in unlike}
+    if result["dtype"] == "auto" and run["machine"].startswith("cpu"):
+        result["dtype"] = "float32"
+    return result
 
 
-def layer_name(settings: dict) -> str:
-    """The feedforward layer, and what it has other than the default."""
-    words = [settings["ffn"]]
-    for name in VARIED:
-        if name in settings and settings[name] != getattr(GPTConfig, name):
-            words.append(f"{name}={settings[name]}")
-    return " ".join(words)
+def comparable(runs: list[dict]) -> list[dict]:
+    """The runs to compare: finished ones, where there are any, and each once. Losses on different
+    text, or on windows of different lengths, must not be compared."""
+    finished = [run for run in runs if is_finished(run)] or [run for run in runs if run["evals"]]
+    chosen = {}
+    first = None
+    for run in runs:
+        settings = run["settings"]
+        key = repr((result_settings(run), settings["flops"], steps_done(run), settings["seed"]))
+        if run not in finished or key in chosen:
+            why = f"the same as {chosen[key]['run']}" if key in chosen else "not finished"
+            progress(f"left out, {why}: {run['run']}")
+            continue
+        chosen[key] = run
+        measured = (run["data"].get("fingerprint"), settings["block_size"],
+                    settings["eval_sequences"])
+        first = first or measured
+        if measured != first:
+            raise SystemExit(f"analyze.py: {run['run']} is not comparable: its data, block_size "
+                             f"and eval_sequences are {measured}, those of {finished[0]['run']} "
+                             f"are {first}")
+    return list(chosen.values())
 
 
 def student_t(values: np.ndarray, freedom: int) -> float:
@@ -1581,27 +1529,31 @@ def student_t(values: np.ndarray, freedom: int) -> float:
     return float(t.ppf(0.975, freedom) * math.sqrt(values.var(ddof=1) / len(values)))
 
 
+def over_seeds(values: np.ndarray) -> str:
+    return interval(float(values.mean()), student_t(values, len(values) - 1))
+
+
 class Group:
     """Runs of the same settings and budget that differ by their seeds."""
 
     def __init__(self, runs: list[dict], machine: str):
         self.runs = runs
         self.settings = result_settings(runs[0])
-        self.layer = layer_name(self.settings)
-        self.budget = all_settings(runs[0])["flops"]
+        self.budget = runs[0]["settings"]["flops"]
         self.last = runs[0]["evals"][-1]
+        words = [self.settings["ffn"]]      # the feedforward layer, and how it is not the default
+        for name in VARIED:
+            if self.settings.get(name, getattr(GPTConfig, name)) != getattr(GPTConfig, name):
+                words.append(f"{name}={self.settings[name]}")
+        self.layer = " ".join(words)
         self.losses = np.array([run["evals"][-1]["val_loss"] for run in runs], dtype=float)
         self.loss = float(self.losses.mean())
         # Bits are the loss times a number that the data fixes.
-        bits = self.last.get("val_bits_per_byte") or math.nan
-        self.bits_per_nat = bits / self.last["val_loss"]
+        bits_per_nat = self.last.get("val_bits_per_byte", math.nan) / self.last["val_loss"]
+        self.bits = self.losses * bits_per_nat
         # Seconds are comparable on one machine; a median, for another program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else math.nan
-
-    def half(self) -> float:
-        """Of the interval of the loss, over seeds."""
-        return student_t(self.losses, len(self.losses) - 1)
 
     def less(self, other: "Group") -> tuple[float, float]:
         """The difference of two losses, and half its interval. It has the degrees of freedom of the
@@ -1611,54 +1563,30 @@ class Group:
         return self.loss - other.loss, half
 
 
-def comparable(runs: list[dict]) -> list[dict]:
-    """The runs to compare: finished ones, where there are any, and each once."""
-    finished = [run for run in runs if is_finished(run)]
-    seen = {}
-    for run in finished or [run for run in runs if run["evals"]]:
-        settings = all_settings(run)
-        key = repr((result_settings(run), settings["flops"], last_step(run), settings["seed"]))
-        if key in seen:
-            progress(f"{run['run']} is left out: {seen[key]['run']} is the same run")
-        seen.setdefault(key, run)
-    for run in runs:
-        if run not in seen.values() and not is_finished(run):
-            progress(f"{run['run']} is left out: it is at step {last_step(run)} of "
-                     f"{all_settings(run)['steps']}")
-    for run in seen.values():
-        for name in ("block_size", "eval_sequences"):
-            check_equal(name, list(seen.values())[0], run, all_settings)
-        check_equal("fingerprint", list(seen.values())[0], run, lambda run: run["data"])
-    return list(seen.values())
-
-
-def check_equal(name: str, first: dict, other: dict, part: Callable) -> None:
-    """Losses on different text, or on windows of different lengths, must not be compared."""
-    if part(first).get(name) != part(other).get(name):
-        raise SystemExit(f"analyze.py: {first['run']} and {other['run']} are not comparable: their "
-                         f"{name} is {part(first).get(name)} and {part(other).get(name)}")
-
-
 def group_runs(runs: list[dict]) -> list[Group]:
     """The lowest loss first."""
     machine = Counter(run["machine"] for run in runs).most_common(1)[0][0]
     members = defaultdict(list)
     for run in runs:
-        key = (result_settings(run), all_settings(run)["flops"], last_step(run))
+        key = (result_settings(run), run["settings"]["flops"], steps_done(run))
         members[repr(key)].append(run)
-    groups = [Group(members[key], machine) for key in members]
+    groups = [Group(of_key, machine) for of_key in members.values()]
     return sorted(groups, key=lambda group: group.loss)
 
 
-def best_of_layers(groups: list[Group]) -> dict[str, Group]:
-    """Of each layer the group with the most seeds, so that the luck of a single one does not win
-    against a mean; of several such groups the one with the lowest loss."""
-    best = {}
+def best_groups(groups: list[Group]) -> dict[str, list[Group]]:
+    """Of each layer the best group of every budget, the smallest budget first.
+
+    It has the most seeds, so that the luck of a single one does not win against a mean; of several
+    such groups it has the lowest loss.
+    """
+    best = defaultdict(dict)        # by layer and budget
     for group in groups:
-        chosen = best.get(group.layer)
+        chosen = best[group.layer].get(group.budget)
         if chosen is None or len(group.losses) > len(chosen.losses):
-            best[group.layer] = group
-    return best
+            best[group.layer][group.budget] = group
+    return {layer: [of_layer[budget] for budget in sorted(of_layer)]
+            for layer, of_layer in best.items()}
 
 
 def sizes_of(group: Group, groups: list[Group]) -> str:
@@ -1671,74 +1599,55 @@ def sizes_of(group: Group, groups: list[Group]) -> str:
     return " ".join(words)
 
 
-def group_row(group: Group, best: dict[str, Group], sizes: str) -> list:
-    difference = "-"
-    ratio = math.nan
-    ours = best.get("sgatlin")
-    if ours and ours is not group:
-        mean, half = ours.less(group)
-        difference = interval(mean, half)
-        ratio = math.exp(mean)
-    fields = GPTConfig.__dataclass_fields__
-    settings = all_settings(group.runs[0])
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**{name: settings[name] for name in fields}))
-    total, _ = model.num_params()
-    scale = group.bits_per_nat
-    used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))
-    return ["*" if group is best[group.layer] else "", group.layer, sizes, total, len(group.runs),
-            group.last["step"], f"{group.last.get('flops', math.nan):.3g}", group.seconds,
-            interval(group.loss, group.half()),
-            interval(scale * group.loss, scale * group.half()), difference, ratio, used or "-"]
-
-
-def same_seconds(groups: list[Group]) -> tuple[list[str], list[list]]:
-    """Bits per byte of each layer after the same seconds, read off the lines through its best
-    groups, one a budget: at both ends and in the middle of the time that all these lines cover.
-
-    A line for each seed that all these groups have; without two such seeds one through the means.
-    """
-    lines = {}
-    for layer, best in best_by_layer(groups).items():
-        best = [group for group in best if not math.isnan(group.seconds * group.bits_per_nat)]
-        if len(best) > 1:
-            best.sort(key=lambda group: group.seconds)
-            lines[layer] = best
-    if not lines:
-        return [], []
-    start = max(best[0].seconds for best in lines.values())
-    end = min(best[-1].seconds for best in lines.values())
+def group_rows(groups: list[Group], best: list[Group], budget: float) -> list[list]:
+    """The groups of a budget, beside sgatlin's best."""
+    ours = [group for group in best if group.layer == "sgatlin" and group.budget == budget]
     rows = []
-    for elapsed in np.geomspace(start, end, 3) if start < end else []:
-        row = [f"{elapsed:.0f}"]
-        for best in lines.values():
-            row.append(bits_after(elapsed, best))
-        rows.append(row)
-    return ["seconds", *lines], rows
+    for group in groups:
+        if group.budget != budget:
+            continue
+        difference = "-"
+        ratio = None
+        if ours and ours[0] is not group:
+            mean, half = ours[0].less(group)
+            difference = interval(mean, half)
+            ratio = math.exp(mean)
+        used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))
+        rows.append(["*" if group in best else "", group.layer, sizes_of(group, groups),
+                     len(group.runs), group.last["step"], group.last.get("flops"), group.seconds,
+                     over_seeds(group.losses), over_seeds(group.bits), difference, ratio, used])
+    return rows
 
 
 def bits_after(elapsed: float, best: list[Group]) -> str:
-    """Between the groups of a layer, on a logarithmic axis of seconds."""
+    """Bits per byte of a layer, between its groups, on a logarithmic axis of seconds: on a line for
+    each seed that all these groups have, or, without two such seeds, on one through the means."""
     by_seed = []
     for group in best:
-        seeds = [all_settings(run)["seed"] for run in group.runs]
-        by_seed.append(dict(zip(seeds, group.losses * group.bits_per_nat)))
-    seconds = np.log([group.seconds for group in best])
-    common = set.intersection(*map(set, by_seed))
-    lines = [[bits[seed] for bits in by_seed] for seed in sorted(common)]
+        seeds = [run["settings"]["seed"] for run in group.runs]
+        by_seed.append(dict(zip(seeds, group.bits)))
+    lines = [[bits[seed] for bits in by_seed] for seed in set.intersection(*map(set, by_seed))]
     if len(lines) < 2:
-        lines = [[group.loss * group.bits_per_nat for group in best]]
-    found = np.array([np.interp(math.log(elapsed), seconds, line) for line in lines])
-    return interval(float(found.mean()), student_t(found, len(found) - 1))
+        lines = [[group.bits.mean() for group in best]]
+    seconds = np.log([group.seconds for group in best])
+    return over_seeds(np.array([np.interp(math.log(elapsed), seconds, line) for line in lines]))
 
 
-def best_by_layer(groups: list[Group]) -> dict[str, list[Group]]:
-    """Of each layer its best group of every budget, the smallest budget first."""
-    best = defaultdict(list)
-    for budget in sorted({group.budget for group in groups if group.budget}):
-        for layer, group in best_of_layers([g for g in groups if g.budget == budget]).items():
-            best[layer].append(group)
-    return best
+def show_same_seconds(best: dict[str, list[Group]]) -> None:
+    """At both ends and in the middle of the time that the layers with several budgets cover."""
+    lines = {}
+    for layer, of_layer in best.items():
+        timed = [group for group in of_layer if group.budget and not math.isnan(group.seconds)]
+        if len(timed) > 1:
+            lines[layer] = sorted(timed, key=lambda group: group.seconds)
+    start = max((timed[0].seconds for timed in lines.values()), default=0)
+    end = min((timed[-1].seconds for timed in lines.values()), default=0)
+    if start >= end:
+        return
+    rows = []
+    for elapsed in np.geomspace(start, end, 3):
+        rows.append([f"{elapsed:.0f}", *(bits_after(elapsed, timed) for timed in lines.values())])
+    show("Bits per byte after the same seconds", ["seconds", *lines], rows)
 
 
 def line_chart(title: str, panels: list[tuple]):
@@ -1759,25 +1668,24 @@ def line_chart(title: str, panels: list[tuple]):
     return figure
 
 
-def budget_chart(groups: list[Group]):
+def budget_chart(best: dict[str, list[Group]]):
     """Loss against FLOPs, and bits per byte against seconds, of the best groups of each layer: a
     line through the means, a point for each seed. Points of later layers are a little further to
     the right, so that none hides another."""
     against_flops = []
     against_seconds = []
-    for place, (layer, best) in enumerate(best_by_layer(groups).items()):
-        shift = 1.02**place
-        budgets = [group.budget for group in best]
-        seconds = [group.seconds for group in best]
-        against_flops.append((layer, "lines", budgets, [group.loss for group in best]))
-        against_seconds.append((layer, "lines", seconds,
-                                [group.loss * group.bits_per_nat for group in best]))
-        for group in best:
-            number = len(group.losses)
-            against_flops.append((layer, "markers", [group.budget * shift] * number,
+    for place, (layer, of_layer) in enumerate(best.items()):
+        groups = [group for group in of_layer if group.budget]
+        against_flops.append((layer, "lines", [group.budget for group in groups],
+                              [group.loss for group in groups]))
+        against_seconds.append((layer, "lines", [group.seconds for group in groups],
+                                [group.bits.mean() for group in groups]))
+        for group in groups:
+            count = len(group.losses)
+            against_flops.append((layer, "markers", [group.budget * 1.02**place] * count,
                                   group.losses.tolist()))
-            against_seconds.append((layer, "markers", [group.seconds] * number,
-                                    (group.losses * group.bits_per_nat).tolist()))
+            against_seconds.append((layer, "markers", [group.seconds] * count,
+                                    group.bits.tolist()))
     return line_chart("Trained with equal FLOPs", [
         ("FLOPs of training", "validation loss, nats per token", against_flops),
         ("seconds of training", "bits per byte", against_seconds)])
@@ -1800,30 +1708,27 @@ def loss_chart(groups: list[Group]):
 
 def show_curves(args: argparse.Namespace) -> None:
     path = place_for(args.out_dir, "curves.html")
-    runs = list(itertools.chain(*map(read_runs, args.runs)))
-    groups = group_runs(comparable(runs)) if any(run["evals"] for run in runs) else []
-    if not groups:
-        raise SystemExit("analyze.py: none of these runs has an evaluation yet")
-    header = ["best", "layer", "settings that differ", "parameters", "seeds", "steps", "FLOPs",
-              "seconds", "loss", "bits per byte", "sgatlin less it", "ratio", "used"]
+    runs = comparable(list(itertools.chain(*map(read_runs, args.runs))))
+    if not runs:
+        raise SystemExit("analyze.py: none of these is a run of train.py with an evaluation")
+    groups = group_runs(runs)
+    best = best_groups(groups)
+    starred = list(itertools.chain(*best.values()))
     print("Losses after the last step, in nats per token of validation text, with 95 % intervals "
           "over seeds by Student's t; the lowest first. A star: the best of a layer, among those "
           "with the most seeds. FLOPs are those of training, counted as in the paper; seconds are "
           "those of the steps, at the pace of the median step. Ratio: of perplexities, below 1 in "
-          "sgatlin's favour. Used: the share of neurons, layer by layer, that the validation "
-          "windows use at all.")
+          "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
     for budget in sorted({group.budget for group in groups}):
-        of_budget = [group for group in groups if group.budget == budget]
-        best = best_of_layers(of_budget)
-        rows = [group_row(group, best, sizes_of(group, groups)) for group in of_budget]
-        show(f"{budget:.3g} FLOPs" if budget else "Runs without --flops", header, rows)
-    after, rows = same_seconds(groups)
-    if rows:
-        show("Bits per byte after the same seconds", after, rows)
+        show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
+             ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
+              "bits per byte", "sgatlin less it", "ratio", "used"],
+             group_rows(groups, starred, budget))
+    show_same_seconds(best)
     if has_plotly():
         charts = [loss_chart(groups)]
-        if best_by_layer(groups):
-            charts.insert(0, budget_chart(groups))
+        if any(group.budget for group in groups):
+            charts.insert(0, budget_chart(best))
         write_charts(path, "Runs", charts)
 
 
@@ -1839,7 +1744,7 @@ def token_items(run: Run, source: Recording, places: list[int]) -> list[dict]:
     items = []
     for place in places:
         expected = zip(source.top[place].tolist(), source.p[place].tolist())
-        items.append(dict(text=run.excerpt(source.tokens, place), layers=[],
+        items.append(dict(text=run.excerpt(source.tokens, place), why=None, layers=[],
                           next=[[token, round(p, 2)] for token, p in expected]))
     for layer in range(run.cfg.n_layer):
         found = nearest_circuits(run, source, places, layer)
@@ -1854,38 +1759,58 @@ def token_items(run: Run, source: Recording, places: list[int]) -> list[dict]:
     return items
 
 
-def why_item(run: Run, tokens: list[int]) -> dict:
-    """What a prompt's tokens and neurons add to the logit of the likeliest next token."""
+def why_item(run: Run, tokens: list[int]) -> dict | None:
+    """What a prompt's tokens and neurons add to the logit of the likeliest next token; None where
+    neurons are not linear."""
+    if run.cfg.activation != "identity":
+        return None
     found = explain(run.model, tokens)
     neurons = []
     for at in largest(found.neuron_shares.abs(), SHOWN):
         layer, t, _ = at
-        neurons.append([layer, t, found.recording.rows[at].item(),
-                        round(found.neuron_shares[at].item(), 3),
-                        round(found.recording.products[at].item(), 3)])
+        values = (found.neuron_shares[at].item(), found.recording.products[at].item())
+        neurons.append([layer, t, found.recording.rows[at].item(), *rounded(values)])
     return dict(target=found.target, logit=round(found.logit, 3), neurons=neurons,
-                shares=[round(share, 3) for share in found.token_shares.tolist()])
+                shares=rounded(found.token_shares.tolist()))
 
 
-def map_data(run: Run, places: list[int]) -> dict:
-    """Of the points of the map: their classes, and for every layer their coordinates, the names of
-    the most frequent tokens, each in the middle of its points, and what to show of the axes."""
-    classes = context_classes(run)
-    tokens = run.trained.tokens.ravel()[places]
-    layers = []
-    for layer in range(run.cfg.n_layer):
-        progress(f"map {len(places)} circuits of layer {layer}")
-        xy = plane(run.trained.circuits(layer).at(places))                      # (M, 2)
-        names = []
-        for token in list(dict.fromkeys(tokens.tolist()))[:40]:
-            x, y = np.median(xy[tokens == token], axis=0).tolist()
-            names.append([run.name(token).strip("·"), round(x, 2), round(y, 2)])
-        low, high = np.percentile(xy, [4, 96], axis=0)      # a few far points would squeeze all
-        margin = 0.15 * (high - low)
-        layers.append(dict(xy=xy.tolist(), names=names, low=(low - margin).tolist(),
-                           high=(high + margin).tolist()))
-    return dict(label=classes.of_token[tokens].tolist(), classes=classes.names, layers=layers,
-                colours=COLOURS)
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+def plane(circuits: Circuits) -> np.ndarray:
+    """Coordinates (M, 2) of circuits: UMAP of their cosine distances (the paper's Figure 6)."""
+    from umap import UMAP
+    distances = (1 - gram(circuits)).clamp(min=0).fill_diagonal_(0).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # distances have no inverse, a seed means one thread
+        mapper = UMAP(n_neighbors=15, metric="precomputed", random_state=0)
+        return mapper.fit_transform(distances).astype(float).round(2)
+
+
+def map_places(tokens: np.ndarray) -> list[int]:
+    """Of each of the 100 most frequent tokens at most 10 places, at random."""
+    rng = np.random.default_rng(0)
+    places = []
+    for token in np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]:
+        places += rng.permutation(np.flatnonzero(tokens == token))[:10].tolist()
+    return places
+
+
+def view_item(run: Run, name: str, recording: Recording, layer: int, places: list[int]) -> dict:
+    """A map of a layer: the coordinates of its points, what to show of the axes, and the names of
+    the most frequent tokens, each in the middle of its points."""
+    progress(f"map {len(places)} circuits: {name}")
+    xy = plane(recording.circuits(layer).at(places))                            # (M, 2)
+    low, high = np.percentile(xy, [4, 96], axis=0)          # a few far points would squeeze all
+    margin = 0.15 * (high - low)
+    tokens = recording.tokens.ravel()[places]
+    names = []
+    for token in list(dict.fromkeys(tokens.tolist()))[:40]:
+        middle = np.median(xy[tokens == token], axis=0)
+        names.append([run.name(token).strip("·"), *middle.tolist()])
+    return dict(name=name, layer=layer, xy=xy.tolist(), low=(low - margin).tolist(),
+                high=(high + margin).tolist(), names=names)
 
 
 def card_items(run: Run, items: list[dict]) -> dict[str, dict]:
@@ -1894,18 +1819,17 @@ def card_items(run: Run, items: list[dict]) -> dict[str, dict]:
     for item in items:
         for layer, of_layer in enumerate(item["layers"]):
             wanted[layer].update(row for row, _ in of_layer["neurons"])
-        for layer, _, row, *_ in (item.get("why") or {}).get("neurons", []):
+        for layer, _, row, *_ in item["why"]["neurons"] if item["why"] else []:
             wanted[layer].add(row)
     cards = {}
     for layer, rows in wanted.items():
         progress(f"make cards of {len(rows)} neurons of layer {layer}")
-        rows = sorted(rows)
-        for row, card in zip(rows, neuron_cards(run, layer, rows)):
+        for row, card in zip(sorted(rows), neuron_cards(run, layer, sorted(rows))):
             words = {}
             for name in ("promotes", "suppresses", "reads"):
-                words[name] = [[token, round(value, 2)] for token, value in getattr(card, name)[:6]]
-            excerpts = [[round(product, 2), place] for product, place in card.excerpts[:5]]
-            cards[f"{layer} {row}"] = dict(use=round(card.use, 5), excerpts=excerpts, **words)
+                words[name] = [rounded(pair) for pair in getattr(card, name)[:6]]
+            excerpts = [rounded(pair) for pair in card.excerpts[:5]]
+            cards[f"{layer} {row}"] = dict(use=card.use, excerpts=excerpts, **words)
     return cards
 
 
@@ -1915,26 +1839,31 @@ def page_data(run: Run, tokens: list[int], layer: int, with_map: bool) -> dict:
     progress(f"explain {len(tokens)} tokens of a passage")
     passage = token_items(run, source, list(range(len(tokens))))
     for t, item in enumerate(passage):
-        item["why"] = None
-        if run.cfg.activation == "identity":
-            item["why"] = why_item(run, tokens[:t + 1])
-    places = map_places(run.trained.tokens) if with_map else []
-    points = token_items(run, run.trained, places) if with_map else []
+        item["why"] = why_item(run, tokens[:t + 1])
+    views = [dict(name=f"layer {of_layer}", layer=of_layer) for of_layer in range(run.cfg.n_layer)]
+    points = []
+    classes = None
+    if with_map:
+        places = map_places(run.trained.tokens)
+        points = token_items(run, run.trained, places)
+        classes = context_classes(run)
+        views = [view_item(run, view["name"], run.trained, view["layer"], places) for view in views]
+        views.append(view_item(run, f"layer {layer}, map of the untrained", run.untrained, layer,
+                               places))
+        for point, place in zip(points, places):
+            point["label"] = int(classes.of_token[run.trained.tokens.flat[place]])
     cards = card_items(run, passage + points)
-    seen = set()
-    for item in passage + points:
-        for of_layer in item["layers"]:
-            seen.update(place for place, _ in of_layer["near"])
-    for card in cards.values():
-        seen.update(place for _, place in card["excerpts"])
+    near = [pair for item in passage + points for of_layer in item["layers"]
+            for pair in of_layer["near"]]
+    seen = {place for place, _ in near}
+    seen.update(place for card in cards.values() for _, place in card["excerpts"])
     texts = {}
     for place in sorted(seen):
         texts[place] = [*run.excerpt(run.trained.tokens, place),
                         run.predictions(run.trained, place)]
-    return dict(layer=layer, n_layer=run.cfg.n_layer, neurons=run.cfg.n_experts,
-                names=[run.name(token) for token in range(run.cfg.vocab_size)],
-                passage=passage, points=points, cards=cards, texts=texts,
-                map=map_data(run, places) if with_map else None)
+    return dict(view=layer, views=views, neurons=run.cfg.n_experts, passage=passage, points=points,
+                cards=cards, texts=texts, classes=classes.names if classes else [],
+                names=[run.name(token) for token in range(run.cfg.vocab_size)])
 
 
 def page_body(data: dict) -> str:
@@ -1946,12 +1875,13 @@ neurons it chooses, and what the text so far adds to the prediction. Points of t
 clicked, too.</p>
 <main><div id="left"><div class="box"><div id="passage" role="group" aria-label="passage"></div>
 <div id="legend" class="quiet" aria-live="polite"></div></div>
-<div id="mapping" class="box"><div id="map"></div><p class="quiet">Map: UMAP of the circuits of the
-layer. At most 10, at random, of each of the 100 most frequent tokens; near points have like gates.
-Colours are classes of tokens that occur in like contexts, a word stands in the middle of its own
-points. Click a class to hide it, twice to see it alone.</p></div></div>
-<div id="panel" class="box"><select id="layer" aria-label="layer"></select>
-<div id="details"></div></div></main>
+<div id="mapping" class="box"><div id="map"></div><p class="quiet">Map: UMAP of the circuits of at
+most 10, at random, of each of the 100 most frequent tokens; near points have like gates. Colours
+are classes of tokens that occur in like contexts, a word stands in the middle of its own points.
+Click a class to hide it, twice to see it alone. Untrained: before the first step, a control.</p>
+</div></div>
+<div id="panel" class="box"><select id="view" aria-label="layer"></select><div id="details"></div>
+</div></main>
 <script type="application/json" id="data">{text}</script><script>{PAGE_SCRIPT}</script>"""
 
 
@@ -2004,13 +1934,13 @@ summary.row:hover { background: #f3f5f8 } details[open] > summary { font-weight:
 PAGE_SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const [passage, legend, map, layer, details] =
-  ["passage", "legend", "map", "layer", "details"].map(id => document.getElementById(id));
+const [passage, legend, map, view, details] =
+  ["passage", "legend", "map", "view", "details"].map(id => document.getElementById(id));
 let shown = null;       // the item of the panel: a token of the passage, or a point of the map
 
 function make(tag, className, ...children) {
   const element = document.createElement(tag);
-  element.className = className;
+  if (className) element.className = className;
   element.append(...children);
   return element;
 }
@@ -2047,7 +1977,7 @@ function neuronRow(value, label, atLayer, row, product) {
   return element;
 }
 function render() {
-  const l = Number(layer.value), of = shown.layers[l], why = shown.why;
+  const l = data.views[view.value].layer, of = shown.layers[l], why = shown.why;
   const parts = [excerpt(shown.text), words("next:", shown.next, p => p),
                  make("h3", "", `Nearest circuits, layer ${l}`)];
   for (const [place, distance] of of.near)
@@ -2103,16 +2033,19 @@ passage.addEventListener("keydown", event => {
   next.click();
 });
 
-// The map, drawn anew for each layer. Plotly reads tags in its texts.
+// The map, drawn anew for each view. Plotly reads tags in its texts.
 const plain = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+// Colours that can be told apart also side by side; the last, grey, is for rare tokens.
+const colours = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f781bf",
+                 "#222222", "#17becf", "#d4b400", "#7fd87f", "#0b2f8c", "#aaaaaa"];
 function drawMap() {
-  const { xy, names, low, high } = data.map.layers[Number(layer.value)];
-  const traces = data.map.classes.map((name, c) => {
-    const own = data.points.map((_, i) => i).filter(i => data.map.label[i] === c);
+  const { xy, names, low, high } = data.views[view.value];
+  const traces = data.classes.map((name, c) => {
+    const own = data.points.map((_, i) => i).filter(i => data.points[i].label === c);
     return { mode: "markers", name: plain(name), customdata: own, hoverinfo: "text",
              x: own.map(i => xy[i][0]), y: own.map(i => xy[i][1]),
-             hovertext: own.map(i => plain(data.points[i].text.join("|"))),
-             marker: { size: 7, opacity: 0.6, color: data.map.colours[c] },
+             hovertext: own.map(i => plain(data.points[i].text.join(""))),
+             marker: { size: 7, opacity: 0.6, color: colours[c] },
              selected: { marker: { size: 18, opacity: 1 } },
              unselected: { marker: { opacity: 0.6 } } };
   }).filter(trace => trace.x.length);
@@ -2123,7 +2056,7 @@ function drawMap() {
   const axis = i => ({ range: [low[i], high[i]], showticklabels: false, zeroline: false,
                        showgrid: false });
   Plotly.react(map, traces, {
-    margin: { l: 0, r: 0, t: 0, b: 0 }, clickmode: "event+select", xaxis: axis(0), yaxis: axis(1),
+    margin: { l: 0, r: 0, t: 30, b: 0 }, clickmode: "event+select", xaxis: axis(0), yaxis: axis(1),
     // A finger that drags scrolls the page.
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "pan",
     legend: { orientation: "h", font: { size: 11 }, entrywidth: 0.49,
@@ -2132,15 +2065,13 @@ function drawMap() {
       modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]] });
 }
 
-for (let l = 0; l < data.n_layer; l++) layer.append(new Option("layer " + l, l));
-layer.value = data.layer;
-layer.addEventListener("change", render);
-if (data.map) {
+data.views.forEach(({ name }, i) => view.append(new Option(name, i)));
+view.value = data.view;
+view.addEventListener("change", render);
+if (data.points.length) {
   drawMap();
-  layer.addEventListener("change", drawMap);
-  map.on("plotly_click", event => {
-    if (event.points[0].customdata !== undefined) show(data.points[event.points[0].customdata]);
-  });
+  view.addEventListener("change", drawMap);
+  map.on("plotly_click", event => show(data.points[event.points[0].customdata]));
 } else {
   document.getElementById("mapping").remove();
 }
@@ -2197,7 +2128,7 @@ COMMANDS = {    # name: (function, what it is for, options)
                [*MODEL, "--windows", "--layer", "--prompt"]),
     "neighbors": (show_neighbors, "the circuits nearest to those of a text",
                   [*MODEL, "--windows", "--layer", "--prompt"]),
-    "map": (show_map, "do near circuits mean alike?", [*MODEL, "--windows", "--layer"]),
+    "classes": (show_classes, "do near circuits mean alike?", [*MODEL, "--windows", "--layer"]),
     "usage": (show_usage, "which neurons are used, and which together",
               [*MODEL, "--windows", "--layer", "--channel"]),
     "patch": (show_patch, "the gates of one prompt in another",
