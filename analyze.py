@@ -403,10 +403,9 @@ def show_neighbors(args: argparse.Namespace) -> None:
         for other, similarity in near:
             rows.append(["", 1 - similarity, *run.excerpt(run.trained.tokens, other),
                          run.predictions(run.trained, other)])
-    print(f"Every token of a text, and below it the {NEIGHBORS} recorded tokens whose circuits in "
-          f"layer {layer} are nearest to its own, by cosine distance. Left out: contexts that "
-          f"repeat its own, or each other's, over {CONTEXT} tokens.")
-    show("Nearest circuits", ["", "distance", "before", "token", "after", "next"], rows)
+    show(f"Every token, and the {NEIGHBORS} whose circuits in layer {layer} are nearest, by cosine "
+         f"distance; none in a context that repeats over {CONTEXT} tokens",
+         ["", "distance", "before", "token", "after", "next"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -496,11 +495,11 @@ def show_classes(args: argparse.Namespace) -> None:
         chosen = of_query == c
         row = [jackknife(values[chosen], of_window[:, chosen]) for values in shares.values()]
         rows.append([classes.names[c], count, *row])
-    print(f"Of random tokens, the share of their own class in the {NEIGHBORS} nearest circuits of "
-          "other tokens. Classes are found without labels: tokens that occur in like contexts. "
-          "Controls: the model before training; the trained gates dealt out to tokens at random; "
-          "all tokens. Intervals of 95 %, over windows. The map is in the report.")
-    show(f"Neighbours of the same class, layer {layer}", ["class", "tokens", *shares], rows)
+    show(f"Of random tokens, the share of their own class in the {NEIGHBORS} nearest circuits of "
+         f"other tokens, layer {layer}; intervals of 95 %, over windows",
+         ["class", "tokens", *shares], rows)
+    print("\nClasses: tokens that occur in like contexts. Controls: the model before training; the "
+          "trained gates dealt out to tokens at random; all tokens. The map is in the report.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -590,18 +589,14 @@ def show_usage(args: argparse.Namespace) -> None:
             together.append([of_layer, name, *shared_subkeys(ids, n)])
     if has_plotly():
         draw_coactivation(run, layer, args.channel, path)
-    print(f"Of a layer's {R:,} neurons, the share used at least once in "
-          f"{run.trained.tokens.size:,} tokens, and how evenly: Gini (0 all alike, 1 one has all).")
-    show("Usage", ["layer", "used", "Gini"], rows)
+    show(f"Of {R:,} neurons, the share used in {run.trained.tokens.size:,} tokens, and the Gini "
+         "coefficient: 0 all alike, 1 one has all", ["layer", "used", "Gini"], rows)
     if cfg.router.startswith("product"):
-        print(f"\nP(j | i): of the tokens that use neuron i, the share that use j. Neuron {n} a + "
-              "b has sub-keys a and b.")
-        show("Mean P(j | i)", ["layer", "gates", "same first sub-key", "same second", "neither"],
-             together)
-    print("\nCKA: how far the gates of layer 0 follow the embeddings, at the first of each of the "
-          "100 most frequent tokens; chance is above 0, as the shuffled gates show.")
-    show("Linear CKA of embeddings and gates", ["gates", "CKA"],
-         [list(item) for item in alignment(run).items()])
+        show(f"Mean P(j | i): of the tokens that use neuron i, the share that use j; neuron {n} a "
+             "+ b has sub-keys a and b",
+             ["layer", "gates", "same first sub-key", "same second", "neither"], together)
+    show("Linear CKA of the embeddings and the gates of layer 0; chance is above 0: shuffled",
+         ["gates", "CKA"], [list(item) for item in alignment(run).items()])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -805,13 +800,11 @@ def show_patch(args: argparse.Namespace) -> None:
         best = int(p.argmax())
         fact_rows.append([f"{run.name(word)} → {run.name(answer)}", p[answer].item(),
                           run.name(best), p[best].item()])
-    print(f"In {text!r} the word decides what follows. A prompt gets, at one position, the gates "
-          "(scores and neurons, all channels) of another; the effect is 0 where that changes "
-          "nothing, and 1 where it moves the logits of the two answers as far as the other prompt "
-          f"does. Means are over the {len(a)} of {len(facts) * (len(facts) - 1)} ordered pairs "
-          "whose prompts both prefer their own answer. Control: the gates of every third prompt. "
-          "Intervals of 95 %, over facts.")
-    show("Effect of patches", ["position", "layers", "effect", "third prompt", "difference"], rows)
+    show(f"{text!r} with the gates of another prompt at a position: 0 where they change nothing, 1 "
+         "where they do all that the other prompt does; 95 % intervals, over facts",
+         ["position", "layers", "effect", "third prompt", "difference"], rows)
+    print(f"\nMeans over the {len(a)} of {len(facts) * (len(facts) - 1)} ordered pairs whose "
+          "prompts both prefer their own answer. Control: the gates of every third prompt.")
     show("Facts", ["fact", "p(answer)", "first choice", "p"], fact_rows)
 
 
@@ -891,14 +884,12 @@ def show_neuron(args: argparse.Namespace) -> None:
         for token, value in pairs:
             row += [run.name(token), value]
         words.append(row)
-    print(f"Neuron {channel}:{neuron} of layer {layer}, chosen by {card.use:.3%} of "
-          f"{run.trained.tokens.size:,} tokens. It adds gate * <w_in, x> times w_out. It promotes "
-          "and suppresses what w_out does in the logits, directly and less the mean; where the "
-          "product is negative the two change places. It reads the tokens whose own embedding has "
-          "the largest <w_in, x>, with sign.")
-    show("Largest products, no two in equal contexts",
+    show(f"Neuron {channel}:{neuron} of layer {layer}, chosen by {card.use:.3%} of "
+         f"{run.trained.tokens.size:,} tokens, where what it adds is largest",
          ["gate * <w_in, x>", "before", "token", "after", "next"], excerpts)
-    show("Tokens", ["promotes", "by", "suppresses", "by", "reads", "<w_in, x>"], words)
+    show("Tokens that w_out promotes and suppresses, directly and less the mean (the other way "
+         "round where the product is negative), and those whose embeddings w_in reads",
+         ["promotes", "by", "suppresses", "by", "reads", "<w_in, x>"], words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1064,17 +1055,12 @@ def show_explain(args: argparse.Namespace) -> None:
                         found.neuron_shares[layer, t, j].item(), *words])
     other = "the mean logit" if against is None else f"that of {run.name(against)}"
     total = found.token_shares.double().sum().item()
-    print(f"The logit of {run.name(found.target)} as the next token, less {other}, is "
-          f"{found.logit:.6f}; the shares of the tokens add up to {total:.6f}, a difference of "
-          f"{total - found.logit:.1e}. Gates, attention patterns and the norms' scales are held at "
-          "what they are here: shares do not say why these are so. Neurons are those with the "
-          "largest shares, through all later layers: where one reads another, both count what "
-          "passes through both. Beside a neuron stand the tokens that it writes for and against, "
-          "with the sign that it has here, and those whose embeddings it reads most.")
-    show("Shares of the tokens", ["token", "share"],
+    show(f"The logit of {run.name(found.target)} as the next token, less {other}, is "
+         f"{found.logit:.6f}; the shares of the tokens add up to {total:.6f}", ["token", "share"],
          [list(row) for row in zip(names, found.token_shares.tolist())])
-    show("Shares of neurons", ["layer", "at", "neuron", "share", "writes for", "against", "reads"],
-         neurons)
+    show("The largest shares of neurons, through all later layers (where one reads another, both "
+         "count what passes through both), and what they write and read, with their sign here",
+         ["layer", "at", "neuron", "share", "writes for", "against", "reads"], neurons)
     if args.controls:
         show_controls(run)
 
@@ -1096,14 +1082,10 @@ def show_controls(run: Run) -> None:
             correlation = np.corrcoef(predicted, actual)[0, 1].item()
         rows.append([name, len(pairs), jackknife(predicted, of_prompt),
                      jackknife(actual, of_prompt), correlation])
-    print(f"\nThe {count} neurons with the largest shares are switched off, each at its position, "
-          f"in prompts of {windows.shape[1]} tokens of validation text; the control is as many "
-          "others of the same layers and positions, with the nearest |gate|. The change of the "
-          "likeliest token's logit, less the mean logit: as the shares predict it, and as it is "
-          "when norms, patterns and gates may answer. Norms do: they scale up what is left. And "
-          "what passes through two of the neurons is predicted twice. Intervals of 95 %, over "
-          "prompts.")
-    show("Change of the logit", ["neurons", "prompts", "predicted", "actual", "correlation"], rows)
+    show(f"The change of the likeliest token's logit when {count} neurons are switched off in "
+         f"prompts of {windows.shape[1]} tokens: as shares predict it, and as it is when norms, "
+         "patterns and gates may answer; 95 % intervals, over prompts",
+         ["neurons", "prompts", "predicted", "actual", "correlation"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1280,18 +1262,21 @@ def show_mimic(args: argparse.Namespace) -> None:
     rows = []
     for kind, m in itertools.product(("real", "Gaussian"), ACTIVE):
         rows.append([kind, m, *(results[kind, m, name] for name in STUDENTS)])
-    print(f"Students with m active neurons learn the outputs of the dense layer {layer} of "
-          f"{run.path} on its inputs in training text, and on Gaussian inputs of the same mean and "
-          f"covariance, in {args.steps} steps; the dense ones train {LONGER} times as long. "
-          f"The sparse ones choose among {NEURONS:,} neurons. Where they leave less than a dense "
-          "one of as many active neurons on real inputs, and not on Gaussian ones, the layer is a "
-          "sparse mixture because of its inputs. But m dense neurons write into m dimensions at "
-          "most: for small m this alone puts sparse students ahead, on any inputs.")
-    show("Variance left unexplained, of inputs held out", ["inputs", "m", *STUDENTS], rows)
+    show(f"Variance that students of m active neurons leave unexplained of the outputs of layer "
+         f"{layer}, on inputs held out, after {args.steps} steps (dense ones {LONGER} times as "
+         "many)", ["inputs", "m", *STUDENTS], rows)
+    print("\nWhere sparse students leave less than dense ones on real inputs, and not on Gaussian "
+          "ones, the layer is a sparse mixture because of its inputs. But m dense neurons write "
+          "into m dimensions at most: for small m this alone puts sparse students ahead.")
 
 
 # --------------------------------------------------------------------------------------------------
 # redistribute: what does attention take over from a sparse feedforward layer? (arXiv 2605.09403)
+#
+# Departures from the paper: our initialisation; rotary positions; no bias in attention; GELU where
+# it has SiLU; its GLU is 170 wide; GLU and experts are clamped SwiGLUs; the weights of the chosen
+# experts are not renormalised, so that the loss of the task trains the router, and no other loss
+# balances it.
 
 EOS = 11                            # after the ten digits; the paper's PAD, 10, is not needed here
 SEEDS = (42, 137, 256, 512, 1024)   # the paper's
@@ -1397,17 +1382,11 @@ def show_redistribute(args: argparse.Namespace) -> None:
             cells[norm] = interval(statistics.fmean(no_ffn), statistics.stdev(no_ffn))
         rows.append([name, cells[False], interval(*paper), cells[True],
                      f"{solved} of {2 * len(SEEDS)}"])
-    print("One-layer models (d_model 64, four heads) learn x + 7 for x of three digits, until all "
-          f"1000 answers are right, or for {args.steps} steps. Then the output of the FFN is set "
-          "to zero: where many digits are right without it, attention does much of the work. "
-          "Chance is 0.1; to say 0 always gets 0.323, because o3 is 0 unless x > 992. Means ± "
-          f"standard deviations over {len(SEEDS)} seeds. Paper: arXiv 2605.09403, Figure 1 (its "
-          "GLU is 170 wide). Departures from it: our initialisation; rotary positions; no bias in "
-          "attention; GELU where it has SiLU; GLU and experts are clamped SwiGLUs; the weights of "
-          "the chosen experts are not renormalised, so that the loss of the task trains the "
-          "router, and no other loss balances it.")
-    show("Share of right digits without the FFN",
+    show(f"Share of right digits with the FFN's output set to zero, in models that learned x + 7 in "
+         f"at most {args.steps} steps; mean ± standard deviation over {len(SEEDS)} seeds",
          ["feedforward layer", "no norm", "paper, no norm", "norm", "solved"], rows)
+    print("\nWhere many digits are right without it, attention does much of the work. To say 0 "
+          "always gets 0.323, because the last digit is 0 unless x > 992.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1714,17 +1693,15 @@ def show_curves(args: argparse.Namespace) -> None:
     groups = group_runs(runs)
     best = best_groups(groups)
     starred = list(itertools.chain(*best.values()))
-    print("Losses after the last step, in nats per token of validation text, with 95 % intervals "
-          "over seeds by Student's t; the lowest first. A star: the best of a layer, among those "
-          "with the most seeds. FLOPs are those of training, counted as in the paper; seconds are "
-          "those of the steps, at the pace of the median step. Ratio: of perplexities, below 1 in "
-          "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
     for budget in sorted({group.budget for group in groups}):
         show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
              ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
               "bits per byte", "sgatlin less it", "ratio", "used"],
              group_rows(groups, starred, budget))
     show_same_seconds(best)
+    print("\nLosses after the last step, with 95 % intervals over seeds by Student's t. A star: the "
+          "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
+          "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
     if has_plotly():
         charts = [loss_chart(groups)]
         if any(group.budget for group in groups):
@@ -2086,12 +2063,6 @@ def a_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def two_or_more(text: str) -> int:
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2")
-    return int(text)
-
-
 def a_neuron(text: str) -> tuple[int, int]:
     """CHANNEL:NEURON, such as 3:141."""
     channel, neuron = text.split(":")
@@ -2103,8 +2074,7 @@ OPTIONS = {
     "--data_dir": dict(type=a_path, help="folder of its data (default: where it was)"),
     "--device": dict(choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else
                      "cpu", help="(default: cuda if there is one)"),
-    "--windows": dict(type=two_or_more, default=128,
-                      help="of validation text to record (default: 128)"),
+    "--windows": dict(type=int, default=128, help="of validation text to record (default: 128)"),
     "--layer": dict(type=int, help="(default: the last but one; mimic: the middle one)"),
     "--channel": dict(type=int, default=0, help="of the picture (default: 0)"),
     "--prompt": dict(help="text to look at (default: a passage of the validation text)"),
