@@ -5,23 +5,24 @@
     product_topk(scores, k)          the k largest of the n*n sums of two lists of n scores
 
 The neurons of all channels lie in one table of R rows; token n uses the J rows index[n]. Nothing of
-size (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the transposed
-index: the (token, slot) pairs sorted by row, so that every row sums its own tokens. There are no
-atomics, so the same input gives the same bits.
+size (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the index sorted by
+row, so that every row sums its own tokens. There are no atomics, so the same input gives the same
+bits.
 
-The file in order: 1. the contract, with a one-line reference for each operation; 2. the PyTorch
-form, for any device; 3. the Triton kernels, for a GPU; 4. what torch.compile and autograd are told;
-5. `python kernels.py`, which checks all this on the machine it runs on, and times it.
+A section for each operation: what it promises, with a one-line reference; the PyTorch form, for any
+device; the Triton kernel, for a GPU; what torch.compile and autograd are told. Then
+`python kernels.py`, which checks all this on the machine it runs on, and times it.
 
 Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top-k,
 J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
 """
 import argparse
+import contextlib
 import functools
 import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
@@ -35,7 +36,7 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
-except ImportError:     # Windows, macOS: the kernels below are defined all the same, and never run
+except Exception:       # none for Windows and macOS, or one that does not load: no kernel runs then
     triton = None
     tl = types.SimpleNamespace(constexpr=None)
 
@@ -44,64 +45,46 @@ except ImportError:     # Windows, macOS: the kernels below are defined all the 
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. the contract
+# what all operations share
 #
-# Everywhere: floats are float64, float32 or bfloat16, and may differ; the result has the wider
-# dtype, and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
-# impl is "torch" or "triton", None for the one that backend() names. gather_dot_op and the other
-# functions in _op are defined in part 4.
+# Floats are float64, float32, bfloat16 or float16, and may differ; the result has the wider dtype,
+# and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
+#
+# A custom_op is opaque to torch.compile: it learns the shapes of the results from the function
+# registered as fake, and the gradients from the one registered for autograd. That one reads
+# saved_tensors once, for activation checkpointing forbids a second time.
 
-ByRow = tuple[Tensor, Tensor]       # what transpose_index returns
+ByRow = tuple[Tensor, Tensor]       # what sort_by_row returns
 
 
-def gather_dot(x: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None,
-               impl: Optional[str] = None) -> Tensor:
-    """out[n, j] = <x[n], weight[index[n, j]]>: (N, D), (R, D), (N, J) -> (N, J).
+@functools.cache
+def runs_triton(device: str, dtype: torch.dtype) -> bool:
+    """Whether tensors of a device ("cpu", "cuda") and dtype get the Triton form, or PyTorch's.
 
-    by_row is transpose_index(index, R), for the gradient of weight; if None, that computes it.
+    The kernels compile for compute capability 7.5 and up and for AMD's gfx942 and gfx1100.
     """
-    order, offsets = by_row or (None, None)
-    return gather_dot_op(x, weight, index, order, offsets, impl)
+    if device != "cuda" or triton is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    is_amd = torch.version.hip is not None      # "cuda" too, with capabilities of its own
+    return is_amd or torch.cuda.get_device_capability() >= (7, 5)
 
 
-def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return torch.einsum("nd,njd->nj", x, weight[index])
+def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, b.dtype)
 
 
-def gather_sum(coef: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None,
-               impl: Optional[str] = None) -> Tensor:
-    """out[n] = sum_j coef[n, j] * weight[index[n, j]]: (N, J), (R, D), (N, J) -> (N, D).
-
-    by_row as in gather_dot.
-    """
-    order, offsets = by_row or (None, None)
-    return gather_sum_op(coef, weight, index, order, offsets, impl)
+def sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(result_dtype(a, b), torch.float32)
 
 
-def gather_sum_reference(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return torch.einsum("nj,njd->nd", coef, weight[index])
+def launch(kernel: Callable, grid: tuple[int, ...], *args) -> None:
+    """One warp per program, on the first argument's device, which need not be the current one."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, num_warps=1, enable_fp_fusion=True)     # a * b + c in one instruction
 
 
-def product_topk(scores: Tensor, k: int, impl: Optional[str] = None) -> tuple[Tensor, Tensor]:
-    """The k largest of the n*n sums scores[..., 0, a] + scores[..., 1, b], not all of them formed.
-
-    scores (N, C, 2, n): the similarities to the first and to the second sub-keys.
-    Returns gates (N, C, k), the sums in descending order, and ids (N, C, k) int32, a*n + b. Ties go
-    to the lower rank of a, then of b. ids are different and in range even when scores are NaN.
-    Raises ValueError if k > n. Product keys: Lample et al., arXiv 1907.05242.
-    """
-    if k > scores.shape[-1]:
-        raise ValueError(f"k={k} exceeds the {scores.shape[-1]} sub-keys")
-    return product_topk_op(scores, k, impl)
-
-
-def product_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    sums = scores[..., 0, :, None] + scores[..., 1, None, :]    # (N, C, n, n)
-    return sums.flatten(-2).topk(k)
-
-
-@torch.library.custom_op("sgatlin::transpose_index", mutates_args=())
-def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("sgatlin::sort_by_row", mutates_args=())
+def sort_by_row(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """The pairs of index (N, J) sorted by row. One sort serves all tables of a layer.
 
     Returns order (P,) int32, the pairs by row and then by token, and offsets (R+1,) int32: those
@@ -118,42 +101,40 @@ def transpose_index(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     return order.to(torch.int32), torch.searchsorted(rows, bounds, out_int32=True)
 
 
-def backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The implementation that tensors of a device ("cpu", "cuda") and dtype get, and the reason.
+@sort_by_row.register_fake
+def _(index, n_rows):
+    order = index.new_empty(index.numel(), dtype=torch.int32)
+    offsets = index.new_empty(n_rows + 1, dtype=torch.int32)
+    return order, offsets
 
-    The kernels compile for compute capability 7.5 and up and for AMD's gfx942 and gfx1100.
-    """
-    if device != "cuda":
-        return "torch", f"the device is {device}"
-    if triton is None:
-        return "torch", "triton is not installed"
-    name = torch.cuda.get_device_name()
-    nvidia = torch.version.hip is None      # AMD's are "cuda" too, with numbers of their own
-    if nvidia and torch.cuda.get_device_capability() < (7, 5):
-        return "torch", f"{name} is older than compute capability 7.5"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return "torch", f"the Triton kernels take float32 and bfloat16, not {str(dtype)[6:]}"
-    return "triton", f"{name}, triton {triton.__version__}"
+
+def save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. PyTorch: F.embedding_bag is gather_sum. gather_dot is a product of two matrices at the places
-# that a sparse tensor has.
+# gather_dot
+
+def gather_dot(x: Tensor, weight: Tensor, index: Tensor, by_row: Optional[ByRow] = None) -> Tensor:
+    """out[n, j] = <x[n], weight[index[n, j]]>: (N, D), (R, D), (N, J) -> (N, J).
+
+    by_row is sort_by_row(index, R), for the gradient of weight; if None, that computes it.
+    """
+    order, offsets = by_row or (None, None)
+    return gather_dot_op(x, weight, index, order, offsets)
+
+
+def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return torch.einsum("nd,njd->nj", x, weight[index])
+
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")     # torch says once that these sparse tensors are in beta
+    warnings.simplefilter("ignore")     # torch says once that such sparse tensors are in beta
     torch.sparse_csr_tensor([0, 1], [0], [1.0], check_invariants=False)
 
 
-def result_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(a.dtype, b.dtype)
-
-
-def sum_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(result_dtype(a, b), torch.float32)
-
-
 def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """A product of two matrices at the places that a sparse tensor has."""
     N, J = index.shape
     wide = sum_dtype(x, weight)
     out_dtype = result_dtype(x, weight)
@@ -161,7 +142,7 @@ def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     weight = weight.to(wide)
     starts = torch.arange(0, N * J + 1, J, dtype=index.dtype, device=index.device)      # (N+1,)
     columns = index.flatten()
-    if x.device.type == "cpu" and J <= len(weight):     # with more it raises RuntimeError
+    if x.device.type == "cpu" and len(weight) >= J:     # with more it raises RuntimeError
         wanted = torch.sparse_csr_tensor(starts, columns, x.new_ones(N * J), (N, len(weight)),
                                          check_invariants=False)    # a row may name one twice
         dots = torch.sparse.sampled_addmm(wanted, x, weight.T, beta=0).values()
@@ -173,6 +154,88 @@ def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return dots.view(N, J).to(out_dtype)
 
 
+DOT_SLOTS, DOT_COLS = 8, 256    # a tile: slots x columns that a warp asks for at once
+
+
+@jit
+def gather_dot_kernel(x, weight, index, out, J, D: tl.constexpr, SLOTS: tl.constexpr,
+                      COLS: tl.constexpr):
+    """out[n, j] = <x[n], weight[index[n, j]]>
+    PyTorch: (x[:, None] * weight[index]).sum(-1)
+
+    One program owns one token and SLOTS slots. Tokens run fastest in the grid, so the GPU works
+    through the table slot by slot, that is channel by channel, and the rows of one channel (E*D
+    numbers) stay in L2. Moves P rows of D, P/SLOTS rows of x, P ids and results.
+    """
+    # Which rows.
+    n = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    row = tl.load(index + n * J + j, j < J, 0).to(tl.int64)                             # (SLOTS,)
+
+    # Products, COLS columns at a time. They are added across columns only once, after the loop.
+    acc = tl.zeros((SLOTS, COLS), tl.float32)
+    for start in tl.static_range(0, D, COLS):
+        d = start + tl.arange(0, COLS)
+        token = tl.load(x + n * D + d, d < D, 0).to(tl.float32)                         # (COLS,)
+        rows = tl.load(weight + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
+        acc += token[None, :] * rows.to(tl.float32)                             # (SLOTS, COLS)
+    dots = tl.sum(acc, 1)                                                               # (SLOTS,)
+    tl.store(out + n * J + j, dots.to(out.dtype.element_ty), j < J)
+
+
+def gather_dot_triton(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    N, D = x.shape
+    J = index.shape[1]
+    cols = min(DOT_COLS, triton.next_power_of_2(D))
+    out = x.new_empty(N, J, dtype=result_dtype(x, weight))
+    launch(gather_dot_kernel, (N, triton.cdiv(J, DOT_SLOTS)), x.contiguous(), weight.contiguous(),
+           index.contiguous(), out, J, D, DOT_SLOTS, cols)
+    return out
+
+
+@torch.library.custom_op("sgatlin::gather_dot", mutates_args=())
+def gather_dot_op(x: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
+                  offsets: Optional[Tensor]) -> Tensor:
+    if runs_triton(x.device.type, result_dtype(x, weight)):
+        return gather_dot_triton(x, weight, index)
+    return gather_dot_torch(x, weight, index)
+
+
+@gather_dot_op.register_fake
+def _(x, weight, index, order, offsets):
+    return x.new_empty(index.shape, dtype=result_dtype(x, weight))
+
+
+def gather_dot_backward(ctx, grad):                             # (N, J)
+    x, weight, index, order, offsets = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = gather_sum(grad, weight, index).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_grad(grad, x, index, len(weight), order, offsets).to(weight.dtype)
+    return grad_x, grad_weight, None, None, None
+
+
+gather_dot_op.register_autograd(gather_dot_backward, setup_context=save_inputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# gather_sum, and the gradient of a table, which is a gather_sum too
+
+def gather_sum(coef: Tensor, weight: Tensor, index: Tensor,
+               by_row: Optional[ByRow] = None) -> Tensor:
+    """out[n] = sum_j coef[n, j] * weight[index[n, j]]: (N, J), (R, D), (N, J) -> (N, D).
+
+    by_row as in gather_dot.
+    """
+    order, offsets = by_row or (None, None)
+    return gather_sum_op(coef, weight, index, order, offsets)
+
+
+def gather_sum_reference(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return torch.einsum("nj,njd->nd", coef, weight[index])
+
+
 def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     wide = sum_dtype(coef, weight)
     out = F.embedding_bag(index, weight.to(wide), mode="sum",
@@ -181,13 +244,209 @@ def gather_sum_torch(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 
 def table_grad_torch(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """(N, J), (N, D), transpose_index -> (R, D): row r sums coef[n, j] * x[n] over its pairs."""
+    """(N, J), (N, D), by_row -> (R, D): row r sums coef[n, j] * x[n] over its pairs."""
     wide = sum_dtype(coef, x)
     tokens = order // coef.shape[1]                             # (P,)
     coefs = coef.flatten()[order]                               # (P,)
     out = F.embedding_bag(tokens, x.to(wide), offsets, mode="sum", include_last_offset=True,
                           per_sample_weights=coefs.to(wide))
     return out.to(result_dtype(coef, x))
+
+
+SUM_TOKENS, SUM_COLS = 16, 64   # a tile: tokens x columns; 64 columns of a table fit in L2
+
+
+@jit
+def gather_sum_kernel(coef, weight, index, out, N, J, D: tl.constexpr, TOKENS: tl.constexpr,
+                      COLS: tl.constexpr):
+    """out[n] = sum over j of coef[n, j] * weight[index[n, j]]
+    PyTorch: F.embedding_bag(index, weight, mode="sum", per_sample_weights=coef)
+
+    One program owns TOKENS tokens and COLS columns, and walks through the slots, that is through
+    the channels: rows that several tokens choose come from the nearest cache. Tokens run fastest in
+    the grid, so the GPU works through the table one slice of columns at a time, and a slice (R*COLS
+    numbers) stays in L2. Moves P rows of D, P*D/COLS ids and coefficients, and the results.
+    """
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    at = tl.minimum(t, N - 1).to(tl.int64) * J                  # past the end: the last token again
+    acc = tl.zeros((TOKENS, COLS), tl.float32)
+    for j in tl.range(0, J, loop_unroll_factor=8):              # asks for 8 rows at a time
+        row = tl.load(index + at + j).to(tl.int64)                                    # (TOKENS,)
+        scale = tl.load(coef + at + j).to(tl.float32)                                 # (TOKENS,)
+        rows = tl.load(weight + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
+        acc += scale[:, None] * rows.to(tl.float32)                             # (TOKENS, COLS)
+    here = t.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out + here, acc.to(out.dtype.element_ty), (t < N)[:, None] & (d < D)[None, :])
+
+
+def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    N, J = index.shape
+    D = weight.shape[1]
+    cols = min(SUM_COLS, triton.next_power_of_2(D))
+    out = coef.new_empty(N, D, dtype=result_dtype(coef, weight))
+    launch(gather_sum_kernel, (triton.cdiv(N, SUM_TOKENS), triton.cdiv(D, cols)),
+           coef.contiguous(), weight.contiguous(), index.contiguous(), out, N, J, D, SUM_TOKENS,
+           cols)
+    return out
+
+
+GRAD_PAIRS = 16                 # a tile of a table's gradient: pairs x SUM_COLS columns
+SPLIT = 1024                    # no program of it sums more pairs than this
+
+
+@jit
+def sum_rows(coef, index, table, count, d, D: tl.constexpr, PAIRS: tl.constexpr):
+    """The sum of coef[q] * table[index[q], d] over 0 <= q < count, PAIRS at a time.
+
+    Without coef every factor is 1; without index, row q is the q-th.
+    """
+    acc = tl.zeros((PAIRS, d.shape[0]), tl.float32)
+    for first in tl.range(0, count, PAIRS, num_stages=3):   # loads the next ones meanwhile
+        q = first + tl.arange(0, PAIRS)
+        live = q < count
+        q = tl.minimum(q, count - 1)                            # past the end: the last, times 0
+        if index is None:
+            row = q.to(tl.int64)
+        else:
+            row = tl.load(index + q).to(tl.int64)                                       # (PAIRS,)
+        if coef is None:
+            scale = tl.where(live, 1.0, 0.0)
+        else:
+            scale = tl.where(live, tl.load(coef + q).to(tl.float32), 0.0)               # (PAIRS,)
+        rows = tl.load(table + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
+        acc += scale[:, None] * rows.to(tl.float32)                             # (PAIRS, COLS)
+    return tl.sum(acc, 0)                                                               # (COLS,)
+
+
+@jit
+def segment_sum_kernel(coef, index, table, starts, ends, partial, out, D: tl.constexpr,
+                       SPLIT: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr):
+    """out[s] = sum of coef[q] * table[index[q]] over starts[s] <= q < ends[s]
+    PyTorch: F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=coef)
+
+    A segment is all pairs of a row, and the table holds the tokens. One program owns one segment
+    and COLS columns, and writes once; an empty segment gets 0. Segments run fastest in the grid, so
+    the GPU works through the tokens one slice of columns at a time. Moves P rows of D, P*D/COLS ids
+    and coefficients, and the results.
+
+    A popular row has a hundred times the pairs of others: one program would still be at work when
+    all others are done. So the pairs, sorted by row, are cut at the borders, multiples of SPLIT:
+
+        pair            0         border 1  border 2  border 3  border 4
+                        |         |         |         |         |
+        of row          aaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbccccccccdd
+        first launch              [partial 0[partial 1[ 2 ]     [3]
+        second launch   [ ][     ]                         [   ]   []
+
+    The first launch sums, for each border inside a row, from there to the next border or the row's
+    end: partial[0] is that of border 1. The second sums each row up to its first border, and adds
+    the partials of the borders inside: to b's, 0, 1 and 2. All in a fixed order: the same bits.
+    """
+    # The segment, and its columns.
+    s = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    start = tl.load(starts + s).to(tl.int64)
+    end = tl.load(ends + s).to(tl.int64)
+
+    # Its pairs, all of them or up to the first border.
+    border = start // SPLIT + 1
+    stop = end
+    if partial is not None:
+        stop = tl.minimum(end, border * SPLIT)
+    count = (stop - start).to(tl.int32)
+    total = sum_rows(coef + start, index + start, table, count, d, D, PAIRS)            # (COLS,)
+
+    # The partial sums of the borders inside.
+    if partial is not None:
+        last = (end - 1) // SPLIT
+        count = (last - border + 1).to(tl.int32)
+        total += sum_rows(None, None, partial + (border - 1) * D, count, d, D, PAIRS)
+    tl.store(out + s * D + d, total.to(out.dtype.element_ty), d < D)
+
+
+def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
+                dtype: torch.dtype, partial: Optional[Tensor] = None) -> Tensor:
+    D = table.shape[1]
+    cols = min(SUM_COLS, triton.next_power_of_2(D))
+    out = table.new_empty(len(starts), D, dtype=dtype)
+    launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(),
+           index.contiguous(), table.contiguous(), starts, ends, partial, out,
+           D, SPLIT, GRAD_PAIRS, cols)
+    return out
+
+
+def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    tokens = order // coef.shape[1]                             # (P,)
+    coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
+    borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
+    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
+    stops = torch.minimum(borders + SPLIT, row_end)
+    partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
+    return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
+
+
+@torch.library.custom_op("sgatlin::gather_sum", mutates_args=())
+def gather_sum_op(coef: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
+                  offsets: Optional[Tensor]) -> Tensor:
+    if runs_triton(coef.device.type, result_dtype(coef, weight)):
+        return gather_sum_triton(coef, weight, index)
+    return gather_sum_torch(coef, weight, index)
+
+
+@gather_sum_op.register_fake
+def _(coef, weight, index, order, offsets):
+    return coef.new_empty(len(coef), weight.shape[1], dtype=result_dtype(coef, weight))
+
+
+@torch.library.custom_op("sgatlin::table_grad", mutates_args=())
+def table_grad(coef: Tensor, x: Tensor, index: Tensor, n_rows: int, order: Optional[Tensor],
+               offsets: Optional[Tensor]) -> Tensor:
+    """(N, J), (N, D), (N, J) -> (R, D): row r sums coef[n, j] * x[n] where index[n, j] is r."""
+    if order is None:
+        order, offsets = sort_by_row(index, n_rows)
+    if runs_triton(coef.device.type, result_dtype(coef, x)):
+        return table_grad_triton(coef, x, order, offsets)
+    return table_grad_torch(coef, x, order, offsets)
+
+
+@table_grad.register_fake
+def _(coef, x, index, n_rows, order, offsets):
+    return x.new_empty(n_rows, x.shape[1], dtype=result_dtype(coef, x))
+
+
+def gather_sum_backward(ctx, grad):                             # (N, D)
+    coef, weight, index, order, offsets = ctx.saved_tensors
+    grad_coef = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_coef = gather_dot(grad, weight, index).to(coef.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = table_grad(coef, grad, index, len(weight), order, offsets).to(weight.dtype)
+    return grad_coef, grad_weight, None, None, None
+
+
+gather_sum_op.register_autograd(gather_sum_backward, setup_context=save_inputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# product_topk
+
+def product_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the n*n sums scores[..., 0, a] + scores[..., 1, b], not all of them formed.
+
+    scores (N, C, 2, n): the similarities to the first and to the second sub-keys.
+    Returns gates (N, C, k), the sums in descending order, and ids (N, C, k) int32, a*n + b. Ties go
+    to the lower rank of a, then of b. ids are different and in range even when scores are NaN.
+    Raises ValueError if k > n. Product keys: Lample et al., arXiv 1907.05242.
+    """
+    if k > scores.shape[-1]:
+        raise ValueError(f"k={k} exceeds the {scores.shape[-1]} sub-keys")
+    return product_topk_op(scores, k)
+
+
+def product_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    sums = scores[..., 0, :, None] + scores[..., 1, None, :]    # (N, C, n, n)
+    return sums.flatten(-2).topk(k)
 
 
 def product_topk_torch(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -246,398 +505,214 @@ def sorters(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)      # numpy lets go of Python's lock while it sorts
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Triton: every program is one warp and sums in float32. Loads are cast at once: the interpreter,
-# in which the tests run without a GPU, computes wrongly in bfloat16.
-
-DOT_SLOTS, DOT_COLS = 8, 256    # tile of gather_dot: slots x columns that a warp asks for at once
-SUM_PAIRS, SUM_COLS = 16, 64    # tile of the sums: pairs x columns; 64 columns of a table fit in L2
-SPLIT = 1024                    # no program of a table's gradient sums more pairs than this
+TOPK_TOKENS = 32        # of a program: a lane has a token
 
 
 @jit
-def gather_dot_kernel(x, weight, index, out, J, D: tl.constexpr, SLOTS: tl.constexpr,
-                      COLS: tl.constexpr):
-    """out[n, j] = <x[n], weight[index[n, j]]>
-    PyTorch: (x[:, None] * weight[index]).sum(-1)
-
-    One program owns one token and SLOTS slots. Tokens run fastest in the grid, so the GPU works
-    through the table slot by slot, that is channel by channel, and the rows of one channel (E*D
-    numbers) stay in L2. Moves P rows of D, P/SLOTS rows of x, P ids and results.
-    """
-    # Which rows.
-    n = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    row = tl.load(index + n * J + j, j < J, 0).to(tl.int64)                             # (SLOTS,)
-
-    # Products, COLS columns at a time. They are added across columns only once, after the loop.
-    acc = tl.zeros((SLOTS, COLS), tl.float32)
-    for start in tl.static_range(0, D, COLS):
-        d = start + tl.arange(0, COLS)
-        token = tl.load(x + n * D + d, d < D, 0).to(tl.float32)                         # (COLS,)
-        rows = tl.load(weight + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
-        acc += token[None, :] * rows.to(tl.float32)                             # (SLOTS, COLS)
-    dots = tl.sum(acc, 1)                                                               # (SLOTS,)
-    tl.store(out + n * J + j, dots.to(out.dtype.element_ty), j < J)
+def flip(bits):
+    """The bits of a float such that they order as floats do: those of a negative one turned but for
+    its sign. Twice, it is the bits again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
-def sum_rows(coef, index, table, count, d, D: tl.constexpr, PAIRS: tl.constexpr):
-    """The sum of coef[q] * table[index[q], d] over 0 <= q < count, PAIRS at a time.
-
-    Without coef every factor is 1; without index, row q is the q-th.
-    """
-    acc = tl.zeros((PAIRS, d.shape[0]), tl.float32)
-    for first in tl.range(0, count, PAIRS, num_stages=3):   # loads the next ones meanwhile
-        q = first + tl.arange(0, PAIRS)
-        live = q < count
-        q = tl.minimum(q, count - 1)                            # past the end: the last, times 0
-        if index is None:
-            row = q.to(tl.int64)
-        else:
-            row = tl.load(index + q).to(tl.int64)                                       # (PAIRS,)
-        if coef is None:
-            scale = tl.where(live, 1.0, 0.0)
-        else:
-            scale = tl.where(live, tl.load(coef + q).to(tl.float32), 0.0)               # (PAIRS,)
-        rows = tl.load(table + row[:, None] * D + d[None, :], (d < D)[None, :], 0)
-        acc += scale[:, None] * rows.to(tl.float32)                             # (PAIRS, COLS)
-    return tl.sum(acc, 0)                                                               # (COLS,)
-
-
-@jit
-def segment_sum_kernel(coef, index, table, starts, ends, partial, out, D: tl.constexpr,
-                       SPLIT: tl.constexpr, PAIRS: tl.constexpr, COLS: tl.constexpr):
-    """out[s] = sum of coef[q] * table[index[q]] over starts[s] <= q < ends[s]
-    PyTorch: F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=coef)
-
-    A segment is the J pairs of a token (gather_sum) or all pairs of a row (a table's gradient). One
-    program owns one segment and COLS columns, and writes once; an empty segment gets 0. Segments
-    run fastest in the grid, so the GPU works through the table one slice of columns at a time, and
-    a slice (R*COLS numbers) stays in L2. Moves P rows of D, P*D/COLS ids and coefficients, and the
-    results.
-
-    A popular row has a hundred times the pairs of others: one program would still be at work when
-    all others are done. So the pairs, sorted by row, are cut at the borders, multiples of SPLIT:
-
-        pair            0         border 1  border 2  border 3  border 4
-                        |         |         |         |         |
-        of row          aaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbccccccccdd
-        first launch              [partial 0[partial 1[ 2 ]     [3]
-        second launch   [ ][     ]                         [   ]   []
-
-    The first launch sums, for each border inside a row, from there to the next border or the row's
-    end: partial[0] is that of border 1. The second sums each row up to its first border, and adds
-    the partials of the borders inside: to b's, 0, 1 and 2. All in a fixed order: the same bits.
-    """
-    # The segment, and its columns.
-    s = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    start = tl.load(starts + s).to(tl.int64)
-    end = tl.load(ends + s).to(tl.int64)
-
-    # Its pairs, all of them or up to the first border.
-    border = start // SPLIT + 1
-    stop = end
-    if partial is not None:
-        stop = tl.minimum(end, border * SPLIT)
-    count = (stop - start).to(tl.int32)
-    total = sum_rows(coef + start, index + start, table, count, d, D, PAIRS)            # (COLS,)
-
-    # The partial sums of the borders inside.
-    if partial is not None:
-        last = (end - 1) // SPLIT
-        count = (last - border + 1).to(tl.int32)
-        total += sum_rows(None, None, partial + (border - 1) * D, count, d, D, PAIRS)
-    tl.store(out + s * D + d, total.to(out.dtype.element_ty), d < D)
-
-
-@jit
-def sort_key(x, position):
-    """An integer that is larger for a larger x and, between equals, for a lower position (16 bits).
-
-    An integer because GPUs have an instruction for its maximum over a warp: for sm_90 and 128
-    scores, product_topk_kernel compiles to 440 instructions in bfloat16 and 840 in float32, and
-    with tl.max(..., return_indices=True) in its place to 1300 in both.
-    """
-    # The bits of a float, those of a negative one flipped but for the sign, order as the floats do.
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def to_key(x, i):
+    """An integer that is larger for a larger x and, between equals, for a lower i (16 bits)."""
+    bits = flip(x.to(tl.float32).to(tl.int32, bitcast=True))
     if x.dtype == tl.bfloat16:
-        high = rising & -0x10000            # the lower half of a bfloat16's bits says nothing
+        high = bits & -0x10000              # the lower half of a bfloat16's bits says nothing
     else:
-        high = rising.to(tl.int64) << 16
-    return high | (0xFFFF - position)
+        high = bits.to(tl.int64) << 16
+    return high | (0xFFFF - i)
 
 
 @jit
-def largest(key, K: tl.constexpr, KP: tl.constexpr, LOWEST: tl.constexpr):
-    """The positions in the K largest of key (M,), all different, in descending order: (KP,)."""
-    top = tl.full((KP,), LOWEST, key.dtype)
-    for rank in tl.static_range(K):
-        best = tl.max(key, 0)
-        top = tl.where(tl.arange(0, KP) == rank, best, top)
-        key = tl.where(key == best, LOWEST, key)
-    return 0xFFFF - (top & 0xFFFF).to(tl.int32)
+def from_key(key):
+    """The x, in float32, and the i of a key."""
+    if key.dtype == tl.int32:
+        bits = flip(key & -0x10000) & -0x10000
+    else:
+        bits = flip((key >> 16).to(tl.int32))
+    return bits.to(tl.float32, bitcast=True), 0xFFFF - (key & 0xFFFF).to(tl.int32)
 
 
 @jit
-def product_topk_kernel(scores, gates, ids, n, K: tl.constexpr, KP: tl.constexpr, NP: tl.constexpr):
-    """The K largest of the n*n sums scores[m, 0, i] + scores[m, 1, j] and their ids i*n + j
+def repeat(x, K: tl.constexpr):
+    xs = ()
+    for _ in tl.static_range(K):
+        xs = xs + (x,)
+    return xs
+
+
+@jit
+def insert(top, key):
+    """The largest len(top) of key and the keys in the tuple top, in descending order, as top is."""
+    new = ()
+    for rank in tl.static_range(len(top)):
+        new = new + (tl.maximum(top[rank], key),)
+        key = tl.minimum(top[rank], key)
+    return new
+
+
+@jit
+def product_topk_kernel(scores, gates, ids, by_token, by_channel, by_half, by_key, N, C, n,
+                        K: tl.constexpr, TOKENS: tl.constexpr):
+    """The K largest of the n*n sums scores[t, c, 0, i] + scores[t, c, 1, j] and their ids i*n + j
     PyTorch: (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2).topk(K)
 
-    One program owns one token and channel m. KP and NP are K and n up to the next power of two.
-    All keys are different, so the ids are, and in range, whatever the scores. Moves N*C*2n scores,
-    P gates and ids.
+    One lane owns one token and channel, and keeps the K best of what it has seen in registers;
+    by_token, by_channel, ... are the strides of scores. All keys of a lane are different, so the
+    ids are, and in range, whatever the scores. Moves N*C*2n scores, P gates and ids.
     """
     dtype: tl.constexpr = scores.dtype.element_ty
+    KEY: tl.constexpr = tl.int32 if dtype == tl.bfloat16 else tl.int64
     LOWEST: tl.constexpr = -(1 << 31) if dtype == tl.bfloat16 else -(1 << 62)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1)
+    read = tl.minimum(t, N - 1).to(tl.int64)                    # past the end: the last token again
+    first = scores + read * by_token + c.to(tl.int64) * by_channel                    # (TOKENS,)
+    second = first + by_half
 
     # The K best of each half.
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, NP)
-    first = scores + m * (2 * n)
-    second = first + n
-    key = tl.where(i < n, sort_key(tl.load(first + i, i < n, 0), i), LOWEST)            # (NP,)
-    row = largest(key, K, KP, LOWEST)                                                   # (KP,)
-    key = tl.where(i < n, sort_key(tl.load(second + i, i < n, 0), i), LOWEST)
-    col = largest(key, K, KP, LOWEST)
+    rows = repeat(tl.full((TOKENS,), LOWEST, KEY), K)
+    cols = repeat(tl.full((TOKENS,), LOWEST, KEY), K)
+    for i in range(n):
+        rows = insert(rows, to_key(tl.load(first), i))
+        cols = insert(cols, to_key(tl.load(second), i))
+        first += by_key
+        second += by_key
 
-    # The K best sums of these. Of ranks (i, j), only those with (i + 1) * (j + 1) <= K can win.
-    s = tl.arange(0, KP)
-    a = tl.load(first + row, s < K, 0).to(tl.float32)
-    b = tl.load(second + col, s < K, 0).to(tl.float32)
-    total = (a[:, None] + b[None, :]).to(dtype)                                         # (KP, KP)
-    can_win = (s[:, None] + 1) * (s[None, :] + 1) <= K
-    key = tl.where(can_win, sort_key(total, s[:, None] * KP + s[None, :]), LOWEST)
-    place = largest(tl.reshape(key, (KP * KP,)), K, KP, LOWEST)                         # (KP,)
+    # The K best sums of these. Of ranks (i, j), only those with (i + 1) * (j + 1) <= K can win. A
+    # key has the sum in its upper 32 bits, then the ranks, for ties, and in its lower 24 the id.
+    best = repeat(tl.full((TOKENS,), -(1 << 63), tl.int64), K)
+    for i in tl.static_range(K):
+        a, row = from_key(rows[i])
+        for j in tl.static_range(K // (i + 1)):
+            b, col = from_key(cols[j])
+            total = (a + b).to(dtype).to(tl.float32)
+            high = flip(total.to(tl.int32, bitcast=True)).to(tl.int64) << 32
+            ranks = (0xFF - (i * K + j)) << 24
+            best = insert(best, high + ranks + (row * n + col).to(tl.int64))
 
-    # Their ids, and their sums once more. Past K, place is no place: % keeps tl.gather in range.
-    row = tl.gather(row, place // KP % KP, 0)
-    col = tl.gather(col, place % KP, 0)
-    a = tl.load(first + row, s < K, 0).to(tl.float32)
-    b = tl.load(second + col, s < K, 0).to(tl.float32)
-    tl.store(gates + m * K + s, (a + b).to(dtype), s < K)
-    tl.store(ids + m * K + s, row * n + col, s < K)
+    out = (t.to(tl.int64) * C + c) * K
+    for rank in tl.static_range(K):
+        gate = flip((best[rank] >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+        tl.store(gates + out + rank, gate.to(dtype), t < N)
+        tl.store(ids + out + rank, (best[rank] & 0xFFFFFF).to(tl.int32), t < N)
 
 
 @jit
-def product_topk_grad_kernel(grad, ids, out, n, K: tl.constexpr, NP: tl.constexpr):
-    """out[m, 0, i] = sum of grad[m, s] where ids[m, s] // n == i, out[m, 1, j] where % n == j
+def product_topk_grad_kernel(grad, ids, out, N, C, n, K: tl.constexpr, TOKENS: tl.constexpr):
+    """out[c, 0, i, t] = sum of grad[t, c, s] where ids[t, c, s] // n is i; out[c, 1, j, t]: % n, j
     PyTorch: zeros(N, C, n).scatter_add_(-1, ids // n, grad), and the same with ids % n
 
-    One program owns one token and channel m. Moves P ids and gradients, N*C*2n results.
+    One lane owns one token and channel. Moves P ids and gradients, N*C*2n results.
     """
-    m = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, NP)
-    first = tl.zeros((NP,), tl.float32)
-    second = tl.zeros((NP,), tl.float32)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1)
+    at = (tl.minimum(t, N - 1).to(tl.int64) * C + c) * K
+    rows = ()
+    cols = ()
+    grads = ()
     for s in tl.static_range(K):
-        g = tl.load(grad + m * K + s).to(tl.float32)
-        pick = tl.load(ids + m * K + s)
-        first += tl.where(i == pick // n, g, 0.0)
-        second += tl.where(i == pick % n, g, 0.0)
-    half = out + m * (2 * n) + i
-    tl.store(half, first.to(out.dtype.element_ty), i < n)
-    tl.store(half + n, second.to(out.dtype.element_ty), i < n)
-
-
-def launch(kernel: Callable, grid: tuple[int, ...], *args) -> None:
-    """One warp per program, on the first argument's device, which need not be the current one."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, num_warps=1, enable_fp_fusion=True)     # a * b + c in one instruction
-
-
-def gather_dot_triton(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    N, D = x.shape
-    J = index.shape[1]
-    cols = min(DOT_COLS, triton.next_power_of_2(D))
-    out = x.new_empty(N, J, dtype=result_dtype(x, weight))
-    launch(gather_dot_kernel, (N, triton.cdiv(J, DOT_SLOTS)), x.contiguous(), weight.contiguous(),
-           index.contiguous(), out, J, D, DOT_SLOTS, cols)
-    return out
-
-
-def segment_sum(coef: Tensor, index: Tensor, table: Tensor, starts: Tensor, ends: Tensor,
-                dtype: torch.dtype, partial: Optional[Tensor] = None) -> Tensor:
-    D = table.shape[1]
-    cols = min(SUM_COLS, triton.next_power_of_2(D))
-    out = table.new_empty(len(starts), D, dtype=dtype)
-    launch(segment_sum_kernel, (len(starts), triton.cdiv(D, cols)), coef.contiguous(),
-           index.contiguous(), table.contiguous(), starts, ends, partial, out,
-           D, SPLIT, SUM_PAIRS, cols)
-    return out
-
-
-def gather_sum_triton(coef: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    bounds = torch.arange(0, index.numel() + 1, index.shape[1], device=index.device)    # (N+1,)
-    return segment_sum(coef, index, weight, bounds[:-1], bounds[1:], result_dtype(coef, weight))
-
-
-def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    tokens = order // coef.shape[1]                             # (P,)
-    coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
-    borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
-    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
-    stops = torch.minimum(borders + SPLIT, row_end)
-    partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
-    return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)
+        id = tl.load(ids + at + s)
+        rows = rows + (id // n,)
+        cols = cols + (id % n,)
+        grads = grads + (tl.load(grad + at + s).to(tl.float32),)
+    first = out + c.to(tl.int64) * 2 * n * N + t
+    second = first + n.to(tl.int64) * N
+    for i in range(n):
+        row_sum = tl.zeros((TOKENS,), tl.float32)
+        col_sum = tl.zeros((TOKENS,), tl.float32)
+        for s in tl.static_range(K):
+            row_sum += tl.where(rows[s] == i, grads[s], 0.0)
+            col_sum += tl.where(cols[s] == i, grads[s], 0.0)
+        tl.store(first, row_sum.to(out.dtype.element_ty), t < N)
+        tl.store(second, col_sum.to(out.dtype.element_ty), t < N)
+        first += N
+        second += N
 
 
 def product_topk_triton(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    *shape, _, n = scores.shape
-    if n > 2**16 or k > 2**8:
-        raise ValueError(f"a position has 16 bits: n={n} exceeds 65536, or k={k} exceeds 256")
-    gates = scores.new_empty(*shape, k)
-    ids = scores.new_empty(*shape, k, dtype=torch.int32)
-    launch(product_topk_kernel, (math.prod(shape),), scores.contiguous(), gates, ids, n, k,
-           max(2, triton.next_power_of_2(k)), triton.next_power_of_2(n))
+    N, C, _, n = scores.shape
+    if k > 16 or n > 2**12:             # the registers and the bits of a key hold no more
+        return product_topk_torch(scores, k)
+    gates = scores.new_empty(N, C, k)
+    ids = scores.new_empty(N, C, k, dtype=torch.int32)
+    launch(product_topk_kernel, (triton.cdiv(N, TOPK_TOKENS), C), scores, gates, ids,
+           *scores.stride(), N, C, n, k, TOPK_TOKENS)
     return gates, ids
 
 
 def product_topk_grad_triton(grad: Tensor, ids: Tensor, n: int) -> Tensor:
-    *shape, k = ids.shape
-    out = grad.new_empty(*shape, 2, n)
-    launch(product_topk_grad_kernel, (math.prod(shape),), grad.contiguous(), ids.contiguous(), out,
-           n, k, triton.next_power_of_2(n))
+    N, C, k = ids.shape
+    out = empty_scores(grad, N, C, n)
+    launch(product_topk_grad_kernel, (triton.cdiv(N, TOPK_TOKENS), C), grad.contiguous(),
+           ids.contiguous(), out, N, C, n, k, TOPK_TOKENS)
     return out
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. what torch.compile and autograd are told
-#
-# A custom_op is opaque to torch.compile: it learns the shapes of the results from the function
-# registered as fake, and the gradients from the one registered for autograd. That one reads
-# saved_tensors once, for activation checkpointing forbids a second time.
-
-def runs_triton(impl: Optional[str], *tensors: Tensor) -> bool:
-    if impl is None:
-        dtype = tensors[0].dtype if len(tensors) == 1 else result_dtype(*tensors)
-        impl = backend(tensors[0].device.type, dtype)[0]
-    return impl == "triton"
-
-
-@transpose_index.register_fake
-def _(index, n_rows):
-    order = index.new_empty(index.numel(), dtype=torch.int32)
-    offsets = index.new_empty(n_rows + 1, dtype=torch.int32)
-    return order, offsets
-
-
-@torch.library.custom_op("sgatlin::gather_dot", mutates_args=())
-def gather_dot_op(x: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
-                  offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, x, weight):
-        return gather_dot_triton(x, weight, index)
-    return gather_dot_torch(x, weight, index)
-
-
-@gather_dot_op.register_fake
-def _(x, weight, index, order, offsets, impl):
-    return x.new_empty(index.shape, dtype=result_dtype(x, weight))
-
-
-@torch.library.custom_op("sgatlin::gather_sum", mutates_args=())
-def gather_sum_op(coef: Tensor, weight: Tensor, index: Tensor, order: Optional[Tensor],
-                  offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, coef, weight):
-        return gather_sum_triton(coef, weight, index)
-    return gather_sum_torch(coef, weight, index)
-
-
-@gather_sum_op.register_fake
-def _(coef, weight, index, order, offsets, impl):
-    return coef.new_empty(len(coef), weight.shape[1], dtype=result_dtype(coef, weight))
-
-
-@torch.library.custom_op("sgatlin::table_grad", mutates_args=())
-def table_grad(coef: Tensor, x: Tensor, index: Tensor, n_rows: int, order: Optional[Tensor],
-               offsets: Optional[Tensor], impl: Optional[str]) -> Tensor:
-    if order is None:
-        order, offsets = transpose_index(index, n_rows)
-    if runs_triton(impl, coef, x):
-        return table_grad_triton(coef, x, order, offsets)
-    return table_grad_torch(coef, x, order, offsets)
-
-
-@table_grad.register_fake
-def _(coef, x, index, n_rows, order, offsets, impl):
-    return x.new_empty(n_rows, x.shape[1], dtype=result_dtype(coef, x))
-
-
-def save_inputs(ctx, inputs, output):
-    *tensors, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def gather_dot_backward(ctx, grad):                             # (N, J)
-    x, weight, index, order, offsets = ctx.saved_tensors
-    grad_x = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_x = gather_sum(grad, weight, index, impl=ctx.impl).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = table_grad(grad, x, index, len(weight), order, offsets, ctx.impl)
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_x, grad_weight, None, None, None, None
-
-
-def gather_sum_backward(ctx, grad):                             # (N, D)
-    coef, weight, index, order, offsets = ctx.saved_tensors
-    grad_coef = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_coef = gather_dot(grad, weight, index, impl=ctx.impl).to(coef.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = table_grad(coef, grad, index, len(weight), order, offsets, ctx.impl)
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_coef, grad_weight, None, None, None, None
-
-
-gather_dot_op.register_autograd(gather_dot_backward, setup_context=save_inputs)
-gather_sum_op.register_autograd(gather_sum_backward, setup_context=save_inputs)
+def empty_scores(like: Tensor, N: int, C: int, n: int) -> Tensor:
+    """(N, C, 2, n), in which what lies side by side in memory is that of neighbouring tokens."""
+    return like.new_empty(C, 2, n, N).permute(3, 0, 1, 2)
 
 
 @torch.library.custom_op("sgatlin::product_topk", mutates_args=())
-def product_topk_op(scores: Tensor, k: int, impl: Optional[str]) -> tuple[Tensor, Tensor]:
-    if runs_triton(impl, scores):
+def product_topk_op(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if runs_triton(scores.device.type, scores.dtype):
         return product_topk_triton(scores, k)
     return product_topk_torch(scores, k)
 
 
 @product_topk_op.register_fake
-def _(scores, k, impl):
+def _(scores, k):
     gates = scores.new_empty(*scores.shape[:-2], k)
     return gates, gates.new_empty(gates.shape, dtype=torch.int32)
 
 
 @torch.library.custom_op("sgatlin::product_topk_grad", mutates_args=())
-def product_topk_grad(grad: Tensor, ids: Tensor, n: int, impl: Optional[str]) -> Tensor:
-    if runs_triton(impl, grad):
+def product_topk_grad(grad: Tensor, ids: Tensor, n: int) -> Tensor:
+    if runs_triton(grad.device.type, grad.dtype):
         return product_topk_grad_triton(grad, ids, n)
     return product_topk_grad_torch(grad, ids, n)
 
 
 @product_topk_grad.register_fake
-def _(grad, ids, n, impl):
-    return grad.new_empty(*ids.shape[:-1], 2, n)
+def _(grad, ids, n):
+    N, C, _ = ids.shape
+    if runs_triton(grad.device.type, grad.dtype):
+        return empty_scores(grad, N, C, n)
+    return grad.new_empty(N, C, 2, n)
 
 
 def save_ids(ctx, inputs, output):
-    scores, _, ctx.impl = inputs
-    ctx.n = scores.shape[-1]
+    ctx.n = inputs[0].shape[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def product_topk_backward(ctx, grad, _):
     ids, = ctx.saved_tensors
-    return product_topk_grad(grad, ids, ctx.n, ctx.impl), None, None
+    return product_topk_grad(grad, ids, ctx.n), None
 
 
 product_topk_op.register_autograd(product_topk_backward, setup_context=save_ids)
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. python kernels.py
+# python kernels.py
+
+@contextlib.contextmanager
+def form(name: str) -> Iterator[None]:
+    """Within it all operations run in the form "torch" or "triton"."""
+    global runs_triton
+    before = runs_triton
+    runs_triton = lambda device, dtype: name == "triton"            # noqa: E731
+    try:
+        yield
+    finally:
+        runs_triton = before
+
 
 def normal(*shape: int, std: float = 1.0, device: str, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=device).mul_(std).to(dtype)
@@ -655,20 +730,23 @@ def random_layer(N: int, D: int, C: int, n: int, k: int, **kind) -> dict[str, Te
                 w_in=normal(R, D, std=1 / n, **kind), w_out=normal(R, D, std=1 / n, **kind))
 
 
-def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor,
-          impl: Optional[str] = None) -> Tensor:
-    """The layer behind its router, as in model.py; impl may also be "reference"."""
-    if impl == "reference":
-        return gather_sum_reference(gates * gather_dot_reference(x, w_in, index), w_out, index)
-    by_row = transpose_index(index, len(w_in)) if torch.is_grad_enabled() else None
-    u = gather_dot(x, w_in, index, by_row, impl)
-    return gather_sum(gates * u, w_out, index, by_row, impl)
+def layer(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
+    """The layer behind its router, as in model.py."""
+    by_row = sort_by_row(index, len(w_in)) if torch.is_grad_enabled() else None
+    u = gather_dot(x, w_in, index, by_row)
+    return gather_sum(gates * u, w_out, index, by_row)
 
 
-def topk_gates(scores: Tensor, k: int, impl: Optional[str] = None) -> Tensor:
-    if impl == "reference":
-        return product_topk_reference(scores, k)[0]
-    return product_topk(scores, k, impl)[0]
+def layer_reference(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor) -> Tensor:
+    return gather_sum_reference(gates * gather_dot_reference(x, w_in, index), w_out, index)
+
+
+def topk_gates(scores: Tensor, k: int) -> Tensor:
+    return product_topk(scores, k)[0]
+
+
+def topk_gates_reference(scores: Tensor, k: int) -> Tensor:
+    return product_topk_reference(scores, k)[0]
 
 
 def sums_at(scores: Tensor, ids: Tensor) -> Tensor:
@@ -691,10 +769,10 @@ def check(N: int, D: int, C: int, n: int, k: int, device: str, dtype: torch.dtyp
     inputs = [t["x"], t["gates"], t["w_in"], t["w_out"]]
     ours = gradients(layer, t["dy"], inputs, t["index"])
     wide = [tensor.double() for tensor in inputs]
-    truth = gradients(layer, t["dy"].double(), wide, t["index"], "reference")
+    truth = gradients(layer_reference, t["dy"].double(), wide, t["index"])
 
     gates, ids = product_topk(t["scores"], k)
-    exact = torch.equal(gates, topk_gates(t["scores"], k, "reference"))
+    exact = torch.equal(gates, topk_gates_reference(t["scores"], k))
     exact &= torch.equal(gates, sums_at(t["scores"], ids))
     exact &= bool(ids.sort(-1).values.diff(dim=-1).all())       # no neuron twice
     dy = torch.randn_like(gates)
@@ -708,7 +786,7 @@ def check(N: int, D: int, C: int, n: int, k: int, device: str, dtype: torch.dtyp
           "top-k exact" if exact else "top-k WRONG", flush=True)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     if not (exact and max(errors) < tolerance):
-        raise SystemExit("kernels: an implementation disagrees with the reference")
+        raise SystemExit("kernels.py: a kernel disagrees with its reference")
 
 
 def median_ms(fn: Callable, *args) -> float:
@@ -739,32 +817,33 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
     inputs = [t["x"], t["gates"], t["w_in"], t["w_out"]]
     up = normal(2 * d_ff, D, std=D ** -0.5, **kind)
     down = normal(D, d_ff, std=d_ff ** -0.5, **kind)
-    own = backend(**kind)[0] == "triton"
+    dgates = t["gates"].view(N, C, k)
+    forms = ["torch", "triton"] if runs_triton(**kind) else ["torch"]
 
-    # name, function, gradient of its result, inputs with a gradient, other arguments
-    rows = [("reference", layer, t["dy"], inputs, t["index"], "reference"),
-            ("torch", layer, t["dy"], inputs, t["index"], "torch")]
-    compiled = torch.compile(layer, dynamic=False)
-    if own:
-        rows += [("reference compiled", compiled, t["dy"], inputs, t["index"], "reference"),
-                 ("triton", layer, t["dy"], inputs, t["index"], "triton")]
-    rows += [(f"SwiGLU {d_ff}", swiglu, t["dy"], [t["x"], up, down])]
-    for impl in ("reference", "torch", "triton")[:2 + own]:
-        dgates = t["gates"].view(N, C, k)
-        rows += [(f"top-k {impl}", topk_gates, dgates, [t["scores"]], k, impl)]
+    # name, form, function, gradient of its result, inputs with a gradient, another argument
+    rows = [("reference", "torch", layer_reference, t["dy"], inputs, t["index"])]
+    for name in forms:
+        rows.append((name, name, layer, t["dy"], inputs, t["index"]))
+    rows.append((f"SwiGLU {d_ff}", "torch", swiglu, t["dy"], [t["x"], up, down]))
+    rows.append(("top-k reference", "torch", topk_gates_reference, dgates, [t["scores"]], k))
+    for name in forms:
+        rows.append((f"top-k {name}", name, topk_gates, dgates, [t["scores"]], k))
 
+    on_gpu = kind["device"] == "cuda"
     gathered = 2 * t["index"].numel() * t["x"][0].nbytes        # bytes in a forward pass
     print(f"\nN={N} D={D} C={C} E={n * n} k={k} {str(t['x'].dtype)[6:]}: forward gathers "
           f"{gathered / 1e9:.1f} GB from tables of {2 * t['w_in'].nbytes / 1e6:.0f} MB\n"
           "                     forward ms   +backward ms   speed   gather GB/s"
-          + ("   extra MB" if own else ""))
-    for name, fn, dy, inputs, *rest in rows:
+          + ("   extra MB" if on_gpu else ""))
+    for name, of_form, fn, dy, inputs, *rest in rows:
         if name.endswith("reference"):
             baseline = math.nan
         try:
-            with torch.no_grad():
-                forward = median_ms(fn, *inputs, *rest)
-            both = median_ms(gradients, fn, dy, inputs, *rest)
+            with form(of_form):
+                with torch.no_grad():
+                    forward = median_ms(fn, *inputs, *rest)
+                both = median_ms(gradients, fn, dy, inputs, *rest)
+                memory = gpu_memory(gradients, fn, dy, inputs, *rest) if on_gpu else 0
         except torch.OutOfMemoryError:
             print(f"{name:21}out of memory", flush=True)
             continue
@@ -772,19 +851,58 @@ def benchmark(N: int, D: int, C: int, n: int, k: int, d_ff: int, **kind) -> None
             baseline = both
         speed = "" if math.isnan(baseline) else f"{baseline / both:.1f}x"
         line = f"{name:21}{forward:10.2f}{both:15.2f}{speed:>8}"
-        line += f"{gathered / forward / 1e6:14.0f}" if fn in (layer, compiled) else " " * 14
-        if own:
-            line += f"{gpu_memory(gradients, fn, dy, inputs, *rest) / 1e6:11.0f}"
+        line += f"{gathered / forward / 1e6:14.0f}" if fn is layer else " " * 14
+        line += f"{memory / 1e6:11.0f}" if on_gpu else ""
         print(line.rstrip(), flush=True)
+
+
+def growth(N: int, D: int, C: int, k: int, K: int, d_ff: int) -> None:
+    """Prints what a layer with its router costs on a CPU as its pools grow, beside an MLP of d_ff.
+
+    AdamW: the step of the optimizer, which is over all parameters.
+    """
+    kind = dict(device="cpu", dtype=torch.float32)
+    x = normal(N, D, **kind)
+    dy = normal(N, D, **kind)
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    def whole_layer(x: Tensor, query: Tensor, keys: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        scores = F.linear(F.linear(x, query), keys)                             # (N, C * 2 * n)
+        gates, ids = product_topk(scores.view(N, C, 2, -1), k)                  # (N, C, k) each
+        channel = torch.arange(C, dtype=torch.int32)[:, None]
+        rows = ids + channel * (len(w_in) // C)
+        return layer(x, gates.flatten(1), w_in, w_out, rows.flatten(1))
+
+    print(f"\nN={N} D={D} C={C} k={k} d_key={K} float32: the layer as its pools grow\n"
+          "                 +backward ms   AdamW ms   parameters MB")
+    rows = [(f"MLP {d_ff}", mlp, [normal(d_ff, D, std=D**-0.5, **kind),
+                                  normal(D, d_ff, std=d_ff**-0.5, **kind)])]
+    for n in (32, 64, 128, 256):
+        parameters = [normal(K, D, std=D**-0.5, **kind), normal(C * 2 * n, K, std=K**-0.5, **kind),
+                      normal(C * n * n, D, std=1 / n, **kind),
+                      normal(C * n * n, D, std=1 / n, **kind)]
+        rows.append((f"E = {n * n}", whole_layer, parameters))
+    for name, fn, parameters in rows:
+        both = median_ms(gradients, fn, dy, [x, *parameters])
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        step = median_ms(torch.optim.AdamW(parameters, fused=True).step)
+        size = sum(p.nbytes for p in parameters)
+        print(f"{name:18}{both:11.1f}{step:11.1f}{size / 1e6:16.1f}", flush=True)
 
 
 def main() -> None:
     description = "Check the kernels against the reference, then time them."
     argparse.ArgumentParser(description=description).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, reason = backend(device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads\n"
-          f"kernels: {name}, {reason}\nrelative errors against the reference in float64:")
+    name = f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    used = "Triton" if runs_triton(device, torch.float32) else "PyTorch"
+    print(f"torch {torch.__version__}, {device}: {name}; the kernels run in their {used} form\n"
+          "relative errors against the reference in float64:")
     shapes = [(7, 16, 1, 3, 2), (57, 80, 2, 11, 8), (300, 128, 4, 16, 8), (1300, 64, 1, 2, 2)]
     if device == "cuda":
         shapes.append((1000, 768, 16, 88, 8))
@@ -799,7 +917,7 @@ def main() -> None:
 
     if device == "cpu":
         benchmark(4096, 256, 8, 32, 8, 512, device=device, dtype=torch.float32)
-        print("the tables of the paper's sizes need a GPU, and torch sees none")
+        growth(2048, 128, 8, 8, 32, 512)
         return
     for scale in (2, 4, 6):             # of the paper's ladder, with the SwiGLU beside it
         D = 128 * scale

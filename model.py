@@ -1,39 +1,275 @@
 """A GPT with sparsely gated tiny linear experts as its feedforward layers (sgatlin, 2606.07414).
 
+The layer comes first, and works in any model:
+
+    ffn = SparselyGatedLinear(d_model=512, n_channels=8, n_experts=1024, top_k=8, d_key=128)
+    y = ffn(x)                                  # (..., 512) -> (..., 512)
+
 Every channel c has a pool of E linear neurons of its own. A router gives each token x the ids i of
 k of them, with scores g, and the layer adds up what these neurons say:
 
     y = sum_c sum_j  g_cj * <w_in[c, i_cj], x> * w_out[c, i_cj]
 
 There is no nonlinearity and no softmax: given its gates g the layer is linear in x, so what it
-computes can be read from the gates. The paper's four baselines (peer, moe, swiglu, mlp) stand
-beside it. Semantics, initialisation and FLOP counts follow the paper's JAX code, and test_model.py
+computes can be read from the gates. Then come the four layers it is compared with, and the rest of
+the GPT. Semantics, initialisation and FLOP counts follow the paper's JAX code, and test_model.py
 holds them to its numbers.
-
-Read SparselyGatedLinear first, then Router, then GPT. The output of a Router is (gates, ids): a
-forward hook on it records the routing, and a hook that returns other gates intervenes on it.
 
 Letters: B batch, T time, S time with a cache, N = B*T tokens, V vocabulary, D d_model, H heads,
 Dh d_head, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top_k, K d_key, F d_ff,
-P pools of neurons (C, or one that is shared), R = P*E rows of a table of neurons.
+J = C*k neurons per token, R rows of the table of all neurons: C*E, or E if the channels share them.
 """
-import codecs
 import dataclasses
 import math
 import os
-import pickle
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 
+# --------------------------------------------------------------------------------------------------
+# the layer
+
+ROUTERS = {     # kind: (product keys?, one query for all channels?)
+    "product_dense": (True, True),
+    "product_key": (True, False),
+    "dense": (False, True),
+    "key": (False, False),
+}
+
+
+class Router(nn.Module):
+    """Chooses k of E neurons for every token and channel: (N, D) -> gates, ids, (N, C, k) each.
+
+    gates are the raw scores, signed and descending; ids are int32 in [0, E).
+    dense      one query per token, shared by the channels: scores = keys @ (query @ x).
+    key        a query per token, channel and part; scores are scaled by 1 / sqrt(width).
+    product_*  two parts, lists of n scores each; neuron a*n + b scores first[a] + second[b].
+    product_dense is sgatlin's (its eq. 1), product_key is PEER's.
+    Raises ValueError if product keys are asked for and n_experts is no square.
+    """
+
+    def __init__(self, d_model: int, n_channels: int, n_experts: int, top_k: int, d_key: int,
+                 kind: str = "product_dense"):
+        super().__init__()
+        self.product, self.shared_query = ROUTERS[kind]
+        self.top_k = top_k
+        parts = 1
+        n = n_experts
+        if self.product:
+            parts = 2
+            n = math.isqrt(n_experts)
+            if n * n != n_experts:
+                raise ValueError(f"n_experts={n_experts} must be a square for product keys: take "
+                                 f"{n * n} or {(n + 1)**2}")
+        if self.shared_query:
+            self.query = Linear(d_model, d_key)
+            self.keys = lecun_normal(n_channels, parts, n, d_key, fan_in=d_key)
+        else:
+            self.query = Linear(d_model, n_channels * parts * d_key)
+            keys = torch.empty(n_channels, parts, n, d_key)
+            self.keys = nn.Parameter(nn.init.trunc_normal_(keys))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, C, parts, n): the similarities of each token's query to the (sub-)keys."""
+        C, parts, n, K = self.keys.shape
+        q = self.query(x)
+        if self.shared_query:                                           # q (N, K)
+            keys = self.keys.view(-1, K)                                # (C*parts*n, K)
+            # A GPU likes neighbouring tokens side by side in memory, a CPU those of a token.
+            scores = (keys @ q.T).T if x.is_cuda else F.linear(q, keys)
+            return scores.view(-1, C, parts, n)
+        q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
+        return torch.einsum("NCpK,CpnK->NCpn", q, self.keys)            # p: the part
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.scores(x)
+        if self.product:
+            return kernels.product_topk(scores, self.top_k)
+        gates, ids = scores.squeeze(2).topk(self.top_k)
+        return gates, ids.to(torch.int32)
+
+    def flops(self) -> int:
+        """Of one token, forward; a multiply and an add count as two."""
+        return self.query.flops() + 2 * self.keys.numel()
+
+
+class SparselyGatedLinear(nn.Module):
+    """y = sum_c sum_j g_cj <w_in[c, i_cj], x> w_out[c, i_cj] (arXiv 2606.07414, eq. 2).
+
+    x (..., D) -> y (..., D). router: a module that takes (N, D) and returns gates and int32 ids in
+    [0, E), (N, C, k) each; None: a Router of product keys, for which n_experts must be a square.
+
+    What the ablations and PEER change: combine(gates, u) is what each w_out is multiplied by, from
+    the gates and u = <w_in, x>, (N, C, k) each; shared_pool gives all channels one pool of neurons.
+    """
+
+    def __init__(self, d_model: int, n_channels: int, n_experts: int, top_k: int, d_key: int,
+                 router: nn.Module | None = None,
+                 combine: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+                 shared_pool: bool = False):
+        super().__init__()
+        if router is None:
+            router = Router(d_model, n_channels, n_experts, top_k, d_key)
+        self.router = router
+        self.combine = combine
+        self.n_choices = n_channels * top_k             # neurons per token
+        shape = (n_experts, d_model) if shared_pool else (n_channels, n_experts, d_model)
+        self.w_in = lecun_normal(*shape, fan_in=n_experts)
+        self.w_out = lecun_normal(*shape, fan_in=n_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
+        gates, ids = self.router(flat)                                  # (N, C, k) each
+        rows = self.rows(ids)                                           # (N, J)
+        w_in = as_table(self.w_in, flat)                                # (R, D)
+        w_out = as_table(self.w_out, flat)                              # (R, D)
+        by_row = None
+        if torch.is_grad_enabled():     # the gradients of both tables need it: computed once
+            by_row = kernels.sort_by_row(rows, len(w_in))
+
+        u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, J)  <w_in, x>
+        a = self.combine(gates, u.view_as(gates)).flatten(1)            # (N, J)
+        y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
+        return y.view_as(x)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """(N, C, k) -> (N, J): the rows of chosen neurons in the table of all pools."""
+        if self.w_in.ndim == 3:
+            C, E, _ = self.w_in.shape
+            ids = ids + torch.arange(0, C * E, E, dtype=ids.dtype, device=ids.device)[:, None]
+        return ids.flatten(1)
+
+    def flops(self) -> int:
+        return self.router.flops() + 4 * self.n_choices * self.w_in.shape[-1]
+
+    def idle_params(self) -> int:
+        """How many parameters a token does not use."""
+        D = self.w_in.shape[-1]
+        return 2 * max(self.w_in.numel() - self.n_choices * D, 0)
+
+
+def as_table(pools: Tensor, x: Tensor) -> Tensor:
+    """The neurons (..., E, D) of all pools as one table (R, D), ready to be gathered for x."""
+    table = pools.view(-1, pools.shape[-1])
+    # In bfloat16 a GPU gathers half the bytes. A CPU adds in float32 and would only convert back.
+    return table.to(x.dtype) if x.is_cuda else table
+
+
+def lecun_normal(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter of variance 1 / fan_in, normal but cut at two standard deviations."""
+    # The cut leaves a unit normal this standard deviation, for which the scale makes up.
+    std = fan_in ** -0.5 / 0.87962566103423978
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std))
+
+
+class Linear(nn.Module):
+    """x @ weight.T, without bias: (..., fan_in) -> (..., fan_out)."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__()
+        self.weight = lecun_normal(fan_out, fan_in, fan_in=fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def flops(self) -> int:
+        return 2 * self.weight.numel()
+
+
+# --------------------------------------------------------------------------------------------------
+# the layers it is compared with; each has forward (..., D) -> (..., D), and flops of one token
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """GPT-OSS's gated unit: x (..., D), w1 (2F, D), b1 (2F,), w2 (D, F), b2 (D,) -> (..., D)."""
+    gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)                 # (..., F) each
+    gate = gate.clamp(max=7)
+    linear = linear.clamp(-7, 7)
+    return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w1 = lecun_normal(2 * d_ff, d_model, fan_in=d_model)
+        self.b1 = nn.Parameter(torch.zeros(2 * d_ff))
+        self.w2 = lecun_normal(d_model, d_ff, fan_in=d_ff)
+        self.b2 = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clamped_swiglu(x, self.w1, self.b1, self.w2, self.b2)
+
+    def flops(self) -> int:
+        return 2 * (self.w1.numel() + self.w2.numel())
+
+
+class MoE(nn.Module):
+    """y = sum over the k likeliest experts e of p_e swiglu_e(x), p = softmax(gate(x)), as it is.
+
+    Each expert runs on its own tokens only. The chosen p are not renormalised, and no loss balances
+    the load, as in the paper's baseline.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, n_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.gate = Linear(d_model, n_experts)
+        self.w1 = lecun_normal(n_experts, 2 * d_ff, d_model, fan_in=d_model)
+        self.b1 = nn.Parameter(torch.zeros(n_experts, 2 * d_ff))
+        self.w2 = lecun_normal(n_experts, d_model, d_ff, fan_in=d_ff)
+        self.b2 = nn.Parameter(torch.zeros(n_experts, d_model))
+
+    @torch.compiler.disable     # the tokens of an expert are counted on the host
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
+        probabilities = self.gate(flat).to(self.w1.dtype).softmax(dim=-1)
+        p, ids = probabilities.topk(self.top_k)                         # (N, k) each
+        order = ids.flatten().argsort(stable=True)                      # (token, choice) pairs
+        counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
+        # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
+        w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
+        tokens = order // self.top_k                # (N*k,) those of the first expert come first
+        outs = []
+        for e, inputs in enumerate(flat.index_select(0, tokens).split(counts)):
+            outs.append(clamped_swiglu(inputs, w1[e], b1[e], w2[e], b2[e]))
+        out = torch.cat(outs) * p.flatten()[order, None]                # (N*k, D)
+        y = torch.zeros_like(flat).index_add(0, tokens, out.to(flat.dtype))
+        return y.view_as(x)
+
+    def flops(self) -> int:
+        return self.gate.flops() + self.top_k * 2 * (self.w1[0].numel() + self.w2[0].numel())
+
+    def idle_params(self) -> int:
+        one = sum(w[0].numel() for w in (self.w1, self.b1, self.w2, self.b2))
+        return (len(self.w1) - self.top_k) * one
+
+
+class MLP(nn.Module):
+    """gelu(x @ W1) @ W2, the tanh form of gelu."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.up = Linear(d_model, d_ff)
+        self.down = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gelu(self.up(x)))
+
+    def flops(self) -> int:
+        return self.up.flops() + self.down.flops()
+
+
+# --------------------------------------------------------------------------------------------------
+# from the settings to a layer: a new one is a function here and its name in FFN
 
 @dataclass
 class GPTConfig:
@@ -55,37 +291,10 @@ class GPTConfig:
     norm: bool = True               # RMSNorm before all layers, on queries and keys, at the end
 
     def __post_init__(self):
-        for name, choices in (("ffn", FFN), ("router", ROUTERS), ("activation", ACTIVATIONS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
         is_moe = self.ffn == "moe"
         self.d_ff = self.d_ff or 4 * self.d_model
         self.n_experts = self.n_experts or (8 if is_moe else 1024)
         self.top_k = self.top_k or (2 if is_moe else 8)
-        for field in dataclasses.fields(GPTConfig):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name}={value} must be positive")
-        if self.d_head % 2 or self.d_model % self.d_head:
-            raise ValueError(f"d_head={self.d_head} must be even and divide d_model={self.d_model}")
-        if is_moe and self.top_k > self.n_experts:
-            raise ValueError(f"top_k={self.top_k} must not exceed n_experts={self.n_experts}")
-        if self.ffn in ("sgatlin", "peer"):
-            self._check_keys()
-
-    def _check_keys(self):
-        """Raises ValueError if the router cannot choose top_k of n_experts, or would take all."""
-        n_keys, keys = self.n_experts, "keys"
-        product, _ = ROUTERS[self.router]
-        if self.ffn == "peer" or product:
-            n_keys, keys = math.isqrt(self.n_experts), "sub-keys"
-            if n_keys ** 2 != self.n_experts:
-                raise ValueError(f"n_experts={self.n_experts} must be a square for product keys: "
-                                 f"take {n_keys ** 2} or {(n_keys + 1) ** 2}")
-        if self.top_k >= n_keys:
-            raise ValueError(f"top_k={self.top_k} must be less than the {n_keys} {keys} of "
-                             f"n_experts={self.n_experts}: lower top_k")
 
     @classmethod
     def ladder(cls, ffn: str, scale: int, **overrides) -> "GPTConfig":
@@ -99,37 +308,47 @@ class GPTConfig:
             "swiglu": dict(d_ff=d_ff),
             "mlp": dict(d_ff=d_ff),
         }
-        if ffn not in sizes or scale < 1:
-            raise ValueError(f"the ladder has ffn={', '.join(sizes)} at scale=1, 2, ..., and not "
-                             f"ffn={ffn!r} at scale={scale}")
         shared = dict(vocab_size=50258, ffn=ffn, d_model=d_model, d_head=64, n_layer=2 * scale)
         return cls(**(shared | sizes[ffn] | overrides))
 
 
+ACTIVATIONS = {"identity": nn.Identity(), "gelu": gelu, "relu": F.relu, "swish": F.silu}
+
+
+def sgatlin(cfg: GPTConfig) -> nn.Module:
+    """The layer with the ablations of its paper's Table 1."""
+    activation = ACTIVATIONS[cfg.activation]
+    softmax_gates = cfg.softmax_gates
+
+    def combine(gates: Tensor, u: Tensor) -> Tensor:
+        if softmax_gates:
+            gates = gates.softmax(dim=-1)
+        return activation(gates * u)
+
+    sizes = (cfg.d_model, cfg.n_channels, cfg.n_experts, cfg.top_k, cfg.d_key)
+    return SparselyGatedLinear(*sizes, Router(*sizes, cfg.router), combine, cfg.shared_pool)
+
+
+def peer(cfg: GPTConfig) -> nn.Module:
+    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (2407.04153)."""
+    def combine(gates: Tensor, u: Tensor) -> Tensor:
+        return gates.softmax(dim=-1) * gelu(u)
+
+    sizes = (cfg.d_model, cfg.n_channels, cfg.n_experts, cfg.top_k, cfg.d_key)
+    return SparselyGatedLinear(*sizes, Router(*sizes, "product_key"), combine, shared_pool=True)
+
+
+FFN: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "sgatlin": sgatlin,
+    "peer": peer,
+    "moe": lambda cfg: MoE(cfg.d_model, cfg.d_ff, cfg.n_experts, cfg.top_k),
+    "swiglu": lambda cfg: SwiGLU(cfg.d_model, cfg.d_ff),
+    "mlp": lambda cfg: MLP(cfg.d_model, cfg.d_ff),
+}
+
+
 # --------------------------------------------------------------------------------------------------
-# building blocks
-
-def lecun_normal(*shape: int, fan_in: int) -> nn.Parameter:
-    """A parameter of variance 1 / fan_in, normal but cut at two standard deviations."""
-    # The cut leaves a unit normal this standard deviation, for which the scale makes up.
-    std = fan_in ** -0.5 / 0.87962566103423978
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std))
-
-
-class Linear(nn.Module):
-    """x @ weight.T, without bias: (..., fan_in) -> (..., fan_out)."""
-
-    def __init__(self, fan_in: int, fan_out: int):
-        super().__init__()
-        self.weight = lecun_normal(fan_out, fan_in, fan_in=fan_in)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-    def flops(self) -> int:
-        """Of one token, forward; a multiply and an add count as two."""
-        return 2 * self.weight.numel()
-
+# the rest of the GPT
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x**2) + 1e-6) * scale, in scale's dtype (float32), then cast to autocast's."""
@@ -207,248 +426,17 @@ class Attention(nn.Module):
         return self.qkv.flops() + self.out.flops() + 4 * T * self.out.weight.shape[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# feedforward layers: forward (B, T, D) -> (B, T, D), flops() of one token, forward matmuls only,
-# and settings: those that change something in this layer and nothing in some other
+class Embedding(nn.Embedding):
+    """On a GPU a gather_sum of one row a token: its gradient is a sum in a fixed order, and faster
+    than PyTorch's deterministic one."""
 
-ROUTERS = {     # name: (product keys?, one query for all channels?)
-    "product_dense": (True, True),
-    "product_key": (True, False),
-    "dense": (False, True),
-    "key": (False, False),
-}
+    def forward(self, idx: Tensor) -> Tensor:
+        if not idx.is_cuda:
+            return super().forward(idx)
+        rows = idx.reshape(-1, 1).to(torch.int32)                       # (N, 1)
+        ones = self.weight.new_ones(rows.shape)
+        return kernels.gather_sum(ones, self.weight, rows).view(*idx.shape, -1)
 
-
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"identity": identity, "gelu": gelu, "relu": F.relu, "swish": F.silu}
-
-
-class Router(nn.Module):
-    """Chooses k of E neurons for every token and channel: (N, D) -> gates, ids, (N, C, k) each.
-
-    gates are the raw scores, signed and descending; ids are int32 in [0, E).
-    dense      one query per token, shared by the channels: scores = keys @ (query @ x).
-    key        a query per token, channel and part; scores are scaled by 1 / sqrt(width).
-    product_*  two parts, lists of n scores each; neuron a*n + b scores first[a] + second[b].
-    product_dense is sgatlin's (its eq. 1), product_key is PEER's.
-    """
-
-    def __init__(self, cfg: GPTConfig, kind: str):
-        super().__init__()
-        self.product, self.shared_query = ROUTERS[kind]
-        self.top_k = cfg.top_k
-        C, K = cfg.n_channels, cfg.d_key
-        if self.product:
-            parts, n = 2, math.isqrt(cfg.n_experts)
-        else:
-            parts, n = 1, cfg.n_experts
-        if self.shared_query:
-            self.query = Linear(cfg.d_model, K)
-            self.keys = lecun_normal(C, parts, n, K, fan_in=K)
-        else:
-            self.query = Linear(cfg.d_model, C * parts * K)
-            self.keys = nn.Parameter(nn.init.trunc_normal_(torch.empty(C, parts, n, K)))
-
-    def scores(self, x: Tensor) -> Tensor:
-        """(N, D) -> (N, C, parts, n): the similarities of each token's query to the (sub-)keys."""
-        C, parts, n, K = self.keys.shape
-        q = self.query(x)
-        if self.shared_query:                                           # q (N, K)
-            return F.linear(q, self.keys.view(-1, K)).view(-1, C, parts, n)
-        q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
-        return torch.einsum("NCpK,CpnK->NCpn", q, self.keys)            # p: the part
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.scores(x)
-        if self.product:
-            return kernels.product_topk(scores, self.top_k)
-        gates, ids = scores.squeeze(2).topk(self.top_k)
-        return gates, ids.to(torch.int32)
-
-    def flops(self) -> int:
-        return self.query.flops() + 2 * self.keys.numel()
-
-
-def as_table(pools: Tensor, x: Tensor) -> Tensor:
-    """The neurons (..., E, D) of all pools as one table (R, D), ready to be gathered for x."""
-    table = pools.view(-1, pools.shape[-1])
-    # In bfloat16 a GPU gathers half the bytes. A CPU adds in float32 and would only convert back.
-    return table.to(x.dtype) if x.is_cuda else table
-
-
-def sort_by_row(rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What the gradients of both tables need: computed once, and only where there are gradients."""
-    return kernels.transpose_index(rows, len(table)) if torch.is_grad_enabled() else None
-
-
-class SparselyGatedLinear(nn.Module):
-    """y = sum_c sum_j g_cj <w_in[c, i_cj], x> w_out[c, i_cj] (arXiv 2606.07414, eq. 2).
-
-    Ablations: an activation other than identity (its Table 1) is applied to g <w_in, x>;
-    softmax_gates and shared_pool undo two of its changes to PEER.
-    """
-
-    settings = ("n_channels", "n_experts", "top_k", "d_key", "router", "activation",
-                "softmax_gates", "shared_pool")
-
-    def __init__(self, cfg: GPTConfig):
-        super().__init__()
-        self.act = ACTIVATIONS[cfg.activation]
-        self.softmax_gates = cfg.softmax_gates
-        self.router = Router(cfg, cfg.router)
-        self.choices = cfg.n_channels * cfg.top_k       # neurons per token
-        P = 1 if cfg.shared_pool else cfg.n_channels
-        self.w_in = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
-        self.w_out = lecun_normal(P, cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        P, E, D = self.w_in.shape
-        flat = x.reshape(-1, D)                                         # (N, D)
-        gates, ids = self.router(flat)                                  # (N, C, k) each
-        if self.softmax_gates:
-            gates = gates.softmax(dim=-1)
-        pool_start = torch.arange(P, dtype=ids.dtype, device=ids.device) * E
-        rows = (ids + pool_start[:, None]).flatten(1)                   # (N, C*k)
-        gates = gates.flatten(1)                                        # (N, C*k)
-        w_in = as_table(self.w_in, flat)                                # (R, D)
-        w_out = as_table(self.w_out, flat)                              # (R, D)
-        by_row = sort_by_row(rows, w_in)
-
-        u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, C*k)  <w_in, x>
-        a = self.act(gates * u)                                         # (N, C*k)
-        y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
-        return y.view_as(x)
-
-    def flops(self) -> int:
-        return self.router.flops() + 4 * self.choices * self.w_in.shape[-1]
-
-
-class PEER(nn.Module):
-    """y = sum_c sum_j softmax_j(g_c) gelu(<w_in[i_cj], x>) w_out[i_cj], one pool (2407.04153)."""
-
-    settings = ("n_channels", "n_experts", "top_k", "d_key")
-
-    def __init__(self, cfg: GPTConfig):
-        super().__init__()
-        self.router = Router(cfg, "product_key")
-        self.choices = cfg.n_channels * cfg.top_k       # neurons per token
-        self.w_in = lecun_normal(cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
-        self.w_out = lecun_normal(cfg.n_experts, cfg.d_model, fan_in=cfg.n_experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
-        gates, ids = self.router(flat)                                  # (N, C, k) each
-        gates = gates.softmax(dim=-1).flatten(1)                        # (N, C*k)
-        rows = ids.flatten(1)                                           # (N, C*k)
-        w_in = as_table(self.w_in, flat)                                # (R, D)
-        w_out = as_table(self.w_out, flat)                              # (R, D)
-        by_row = sort_by_row(rows, w_in)
-
-        u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, C*k)  <w_in, x>
-        a = gates * gelu(u)                                             # (N, C*k)
-        y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
-        return y.view_as(x)
-
-    def flops(self) -> int:
-        return self.router.flops() + 4 * self.choices * self.w_in.shape[-1]
-
-
-def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """GPT-OSS's gated unit: x (..., D), w1 (2F, D), b1 (2F,), w2 (D, F), b2 (D,) -> (..., D)."""
-    gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)                 # (..., F) each
-    gate = gate.clamp(max=7)
-    linear = linear.clamp(-7, 7)
-    return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
-
-
-class SwiGLU(nn.Module):
-    settings = ("d_ff",)
-
-    def __init__(self, cfg: GPTConfig):
-        super().__init__()
-        D, d_ff = cfg.d_model, cfg.d_ff
-        self.w1 = lecun_normal(2 * d_ff, D, fan_in=D)
-        self.b1 = nn.Parameter(torch.zeros(2 * d_ff))
-        self.w2 = lecun_normal(D, d_ff, fan_in=d_ff)
-        self.b2 = nn.Parameter(torch.zeros(D))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return clamped_swiglu(x, self.w1, self.b1, self.w2, self.b2)
-
-    def flops(self) -> int:
-        return 2 * (self.w1.numel() + self.w2.numel())
-
-
-class MoE(nn.Module):
-    """y = sum over the k likeliest experts e of p_e swiglu_e(x), p = softmax(gate(x)), as it is.
-
-    Each expert runs on its own tokens only. The chosen p are not renormalised, and no loss balances
-    the load, as in the paper's baseline.
-    """
-
-    settings = ("n_experts", "top_k", "d_ff")
-
-    def __init__(self, cfg: GPTConfig):
-        super().__init__()
-        E, D = cfg.n_experts, cfg.d_model
-        d_ff = cfg.d_ff
-        self.top_k = cfg.top_k
-        self.gate = Linear(D, E)
-        self.w1 = lecun_normal(E, 2 * d_ff, D, fan_in=D)
-        self.b1 = nn.Parameter(torch.zeros(E, 2 * d_ff))
-        self.w2 = lecun_normal(E, D, d_ff, fan_in=d_ff)
-        self.b2 = nn.Parameter(torch.zeros(E, D))
-
-    @torch.compiler.disable     # the tokens of an expert are counted on the host
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])                               # (N, D)
-        probabilities = self.gate(flat).to(self.w1.dtype).softmax(dim=-1)
-        p, ids = probabilities.topk(self.top_k)                         # (N, k) each
-        order = ids.flatten().argsort(stable=True)                      # (token, choice) pairs
-        counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
-        # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
-        w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
-        tokens = order // self.top_k                # (N*k,) those of the first expert come first
-        outs = []
-        for e, inputs in enumerate(flat.index_select(0, tokens).split(counts)):
-            outs.append(clamped_swiglu(inputs, w1[e], b1[e], w2[e], b2[e]))
-        out = torch.cat(outs) * p.flatten()[order, None]                # (N*k, D)
-        y = torch.zeros_like(flat).index_add(0, tokens, out.to(flat.dtype))
-        return y.view_as(x)
-
-    def flops(self) -> int:
-        return self.gate.flops() + self.top_k * 2 * (self.w1[0].numel() + self.w2[0].numel())
-
-
-class MLP(nn.Module):
-    """gelu(x @ W1) @ W2, the tanh form of gelu."""
-
-    settings = ("d_ff",)
-
-    def __init__(self, cfg: GPTConfig):
-        super().__init__()
-        self.up = Linear(cfg.d_model, cfg.d_ff)
-        self.down = Linear(cfg.d_ff, cfg.d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x)))
-
-    def flops(self) -> int:
-        return self.up.flops() + self.down.flops()
-
-
-FFN = {"sgatlin": SparselyGatedLinear, "peer": PEER, "moe": MoE, "swiglu": SwiGLU, "mlp": MLP}
-
-
-# --------------------------------------------------------------------------------------------------
-# the model
 
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig):
@@ -467,7 +455,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.cfg = cfg
-        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)      # also the unembedding
+        self.embedding = Embedding(cfg.vocab_size, cfg.d_model)         # also the unembedding
         nn.init.normal_(self.embedding.weight, std=cfg.d_model ** -0.5)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.d_model)
@@ -533,17 +521,11 @@ class GPT(nn.Module):
 
     def num_params(self) -> tuple[int, int]:
         """Total, and active per token: without the neurons or experts that a token does not use."""
-        cfg = self.cfg
         total = sum(p.numel() for p in self.parameters())
         idle = 0
         for block in self.blocks:
-            ffn = block.ffn
-            if cfg.ffn in ("sgatlin", "peer"):
-                used = cfg.n_channels * cfg.top_k * cfg.d_model
-                idle += 2 * max(ffn.w_in.numel() - used, 0)
-            elif cfg.ffn == "moe":
-                experts = sum(w.numel() for w in (ffn.w1, ffn.b1, ffn.w2, ffn.b2))
-                idle += experts - experts * cfg.top_k // cfg.n_experts
+            if hasattr(block.ffn, "idle_params"):
+                idle += block.ffn.idle_params()
         return total, total - idle
 
     def flops_per_sequence(self, T: int | None = None) -> int:
@@ -555,9 +537,6 @@ class GPT(nn.Module):
         T = T or self.cfg.block_size
         return T * sum(block.attn.flops(T) + block.ffn.flops() for block in self.blocks)
 
-
-# --------------------------------------------------------------------------------------------------
-# from logits to text
 
 def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
                  generator: torch.Generator | None) -> int:
@@ -572,74 +551,35 @@ def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return int(ids[torch.multinomial(p, 1, generator=generator)])
 
 
-def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens: int,
-           **settings) -> Iterator[str]:
-    """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
-
-    A prompt may end within a token: "def " does, for the blank belongs to the next word. So its
-    last token is chosen anew, among those that begin with it, and the first string is what that
-    adds. A string is empty while a token ends within a character; bytes that are no UTF-8 become
-    U+FFFD. An empty prompt stands for the start of a document, and the text ends with its end.
-    """
-    tokens = encoding.encode(prompt, allowed_special={"<|endoftext|>"})
-    last_bytes = b""                                        # of the prompt's last token
-    if tokens and tokens[-1] != encoding.eot_token:
-        last_bytes = encoding.decode_single_token_bytes(tokens.pop())
-        settings["first"] = [token for token in range(encoding.eot_token)
-                             if encoding.decode_single_token_bytes(token).startswith(last_bytes)]
-    tokens = tokens or [encoding.eot_token]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in model.generate(tokens, max_new_tokens, vocab_size=encoding.n_vocab, **settings):
-        if token == encoding.eot_token:
-            break
-        text = encoding.decode_single_token_bytes(token)
-        yield decoder.decode(text[len(last_bytes):])
-        last_bytes = b""                                    # only the first token repeats them
-    yield decoder.decode(b"", final=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes tensors and plain types to path, which always holds the old state or the new one."""
+    path = path.resolve()           # a link stays a link, to the new state
     partial = path.with_name(path.name + ".partial")
     try:
-        torch.save(state, partial)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
         os.replace(partial, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None       # a full disk, which torch's own words hide
+        raise
     finally:
         partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU; no code from the file runs. ValueError for others."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing: python train.py makes it")
-    state = None
-    if zipfile.is_zipfile(path):                            # what torch.save writes
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not a checkpoint of train.py") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of train.py")
-    for name in ("model", "config", "tokenizer"):
-        if name not in state:
-            raise ValueError(f"{path} is not a checkpoint of train.py: it has no {name!r}")
-    return state
 
 
 def load_model(path: Path, device: str | torch.device) -> tuple[GPT, dict]:
     """The model of a checkpoint, ready to evaluate on a device, and all that the checkpoint holds.
 
-    Raises ValueError if the file is missing, is no checkpoint, or holds another model than it says.
+    No code from the file runs.
     """
-    state = load_checkpoint(path)
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: python train.py makes it")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     names = {field.name for field in dataclasses.fields(GPTConfig)}
     cfg = GPTConfig(**{name: value for name, value in state["config"].items() if name in names})
     model = GPT(cfg)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds another model than its settings say") from error
+    model.load_state_dict(state["model"])
     return model.to(device).eval(), state

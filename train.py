@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "numpy", "tiktoken", "triton; sys_platform == 'linux'"]
+# ///
 """Train a GPT on a folder made by prepare_data.py (made here if it is the default one).
 
     python train.py                                       # one GPU or a laptop; --help lists all
@@ -25,14 +29,15 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -52,7 +57,8 @@ from torch.utils.benchmark import Timer
 
 import kernels
 import prepare_data
-from model import FFN, GPT, GPTConfig, load_checkpoint, rotate, save_checkpoint, stream
+from model import ACTIVATIONS, FFN, GPT, ROUTERS, GPTConfig, rotate, save_checkpoint
+from sample import plain_output, printable, stream
 
 
 @dataclass
@@ -66,7 +72,7 @@ class TrainConfig(GPTConfig):
     steps: int = 2000               # optimizer steps
     flops: float = 0.0              # compute to spend, counted as in the paper: sets steps; 0: off
     batch_size: int = 64            # sequences per optimizer step, over all processes
-    micro_batch_size: int = 32      # sequences per process at a time; lower it when memory runs out
+    micro_batch_size: int = 0       # sequences per process at a time; 0: 2 GB of logits at most
     learning_rate: float = 1e-3     # the highest of the schedule (AdamW, betas 0.9 and 0.999)
     ffn_rate: float = 1.0           # learning rate of the feedforward layers, relative
     weight_decay: float = 0.1       # of matrices; not of biases and the scales of norms
@@ -84,49 +90,32 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_interval", "eval_sequences",
-                     "log_interval", "learning_rate", "ffn_rate"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be positive and finite")
-        for name in ("scale", "flops", "weight_decay", "warmup_steps", "grad_clip", "seed"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be 0 or more, and finite")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be less than 2**63")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={self.device!r} is none of auto, cpu, cuda")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
+        # Either would train on in silence, and wrongly.
+        if self.grad_clip < 0 or not 0 <= self.decay_fraction <= 1:
+            raise SystemExit(f"train.py: --grad_clip={self.grad_clip} must be 0 or more, and "
+                             f"--decay_fraction={self.decay_fraction} between 0 and 1")
 
 
 # The defaults above are for a GPU: the model, the optimizer and the schedule of the paper's
 # TinyStories study. These replace them on a CPU.
 CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, d_key=32, batch_size=8,
-                  micro_batch_size=8, steps=1530, warmup_steps=50, learning_rate=6e-3,
-                  ffn_rate=0.33, eval_interval=100, eval_sequences=64, compile=False)
+                  steps=1530, warmup_steps=50, learning_rate=6e-3, ffn_rate=0.33,
+                  eval_interval=100, eval_sequences=64, compile=False)
 # Settings that may differ when a run is resumed.
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size",
              "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
+CHOICES = {"ffn": FFN, "router": ROUTERS, "activation": ACTIVATIONS,
+           "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
 
 
 # --------------------------------------------------------------------------------------------------
 # settings
 
-def fail(message: object) -> NoReturn:
-    """Ends the program with one line: the mistake is the user's, and a traceback would not help."""
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parse_args(argv: list[str] | None) -> dict:
     """The settings that the command line gives. The help is the comments of the config classes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = fail         # argparse's own prints the names of all settings first
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     usage="python train.py [--SETTING=VALUE ...]")
     comments = {}
     for cls in (GPTConfig, TrainConfig):
         comments |= dict(re.findall(r"^    (\w+): .*?# ?(.*)$", inspect.getsource(cls), re.M))
@@ -137,99 +126,96 @@ def parse_args(argv: list[str] | None) -> dict:
         text = f"{comments.get(field.name, '')} ({default})".replace("%", "%%")
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type, help=text)
+            continue
+        convert = os.path.expanduser if field.name.endswith("_dir") else field.type
+        parser.add_argument(f"--{field.name}", type=convert, help=text, metavar="",
+                            choices=CHOICES.get(field.name))
     return vars(parser.parse_args(argv))
 
 
-def new_config(given: dict, on_cpu: bool) -> TrainConfig:
+def new_config(given: dict, device: torch.device) -> TrainConfig:
     """Settings of a new run: those given, over the ladder's if --scale is, over the preset."""
     if "steps" in given and given.get("flops"):
-        raise ValueError(f"--steps={given['steps']} and --flops={given['flops']:g} both set the "
-                         "steps: give one")
-    preset = CPU_PRESET if on_cpu else {}
-    ladder = {}
+        raise SystemExit("train.py: --steps and --flops both set the steps: give one")
+    settings = dict(CPU_PRESET) if device.type == "cpu" else {}
     if given.get("scale"):
         sizes = GPTConfig.ladder(given.get("ffn", GPTConfig.ffn), given["scale"])
         for name in ("d_model", "d_head", "n_layer", "d_ff", "n_experts", "n_channels", "top_k",
                      "d_key"):
-            ladder[name] = getattr(sizes, name)
-    return TrainConfig(**(preset | ladder | given))
+            settings[name] = getattr(sizes, name)
+    return TrainConfig(**(settings | given))
 
 
 def resumed_config(given: dict, saved: dict) -> TrainConfig:
-    """The checkpoint's settings, with those given. ValueError if one of these may not change."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    # A setting that the checkpoint lacks has its default; one that only the checkpoint has, an
-    # older train.py made, and is left out.
-    settings = dataclasses.asdict(TrainConfig())
-    settings |= {name: value for name, value in saved.items() if name in names}
+    """The checkpoint's settings, with those given, of which some may not change."""
     # Where a run is, and on how many devices, is not remembered: it may go on elsewhere.
-    settings["device"] = TrainConfig.device
-    settings["shard"] = TrainConfig.shard
+    settings = saved | dict(out_dir=TrainConfig.out_dir, device="auto", shard=False)
     for name, value in given.items():
         if name not in RESUMABLE and value != settings[name]:
-            raise ValueError(f"--{name}={value} contradicts the checkpoint, which has "
+            raise SystemExit(f"train.py: --{name}={value} contradicts the checkpoint, which has "
                              f"{settings[name]}: drop it, or train anew with another --out_dir")
     return TrainConfig(**(settings | given))
 
 
-def settle(given: dict, device: torch.device, world: int) -> tuple[TrainConfig, dict | None]:
-    """All settings, and the checkpoint to resume. ValueErrors and OSErrors are the user's."""
-    on_cpu = device.type == "cpu"
-    given = {"out_dir": TrainConfig.out_dir} | given    # a run is where it is found, also if moved
-    folder = Path(given["out_dir"])
+def load_settings(given: dict, device: torch.device) -> tuple[TrainConfig, dict | None]:
+    """All settings, and the checkpoint to resume."""
+    folder = Path(given.get("out_dir", TrainConfig.out_dir))
     path = folder / "ckpt.pt"
-    saved = None
-    if given.get("resume") and given.get("overwrite"):
-        raise ValueError("--resume continues the run in out_dir, --overwrite drops it: give one")
     if given.get("resume"):
-        saved = load_checkpoint(path)
-        for name in ("optimizer", "step", "seconds", "loss", "data"):
-            if name not in saved:
-                raise ValueError(f"{path} has no {name!r}: sample.py can use it, --resume cannot")
-        cfg = resumed_config(given, saved["config"])
-        if saved["step"] > cfg.steps:
-            raise ValueError(f"--steps={cfg.steps}: the run in {folder} is already at "
-                             f"{saved['step']}")
-    else:
-        cfg = new_config(given, on_cpu)
-        if not cfg.overwrite and path.exists():
-            raise ValueError(f"{folder} holds a run: --resume continues it, --overwrite starts "
-                             "anew, --out_dir=... puts this one elsewhere")
-        if not cfg.overwrite and (folder / "log.jsonl").exists():
-            raise ValueError(f"{folder} holds a run: it has no checkpoint yet, --overwrite starts "
-                             "anew, --out_dir=... puts this one elsewhere")
-    if cfg.shard and not dist.is_initialized():
-        raise ValueError("--shard cuts the model over several processes: start them with torchrun "
-                         "--nproc_per_node=N train.py --shard")
-    if cfg.batch_size % world:
-        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the {world} processes")
-    if cfg.flops and not saved:
-        with torch.device("meta"):      # only its sizes count
-            step_flops = 3 * GPT(cfg).flops_per_sequence() * cfg.batch_size
-        cfg.steps = int(cfg.flops // step_flops)
-        if cfg.steps == 0:
-            raise ValueError(f"--flops={cfg.flops:g} buys no step: one costs {step_flops:.3g}")
-    return cfg, saved
+        if not path.exists():
+            raise SystemExit(f"train.py: {path} is missing: without --resume a run begins")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return resumed_config(given, saved["config"]), saved
+    if not given.get("overwrite") and (path.exists() or (folder / "log.jsonl").exists()):
+        raise SystemExit(f"train.py: {folder} holds a run: --resume continues it, --overwrite "
+                         "starts anew, --out_dir=... puts this one elsewhere")
+    return new_config(given, device), None
+
+
+def steps_for(budget: float, cfg: TrainConfig) -> int:
+    """How many steps a budget of FLOPs buys."""
+    with torch.device("meta"):              # only its sizes count
+        step_flops = 3 * GPT(cfg).flops_per_sequence() * cfg.batch_size
+    if budget < step_flops:
+        raise SystemExit(f"train.py: --flops={budget:g} buys no step: one costs {step_flops:.3g}")
+    return int(budget // step_flops)
+
+
+def settings_of(ffn: str) -> set[str]:
+    """The settings that a feedforward layer reads."""
+    read = set()
+    defaults = GPTConfig(ffn=ffn)
+
+    class Reader:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(defaults, name)
+
+    with torch.device("meta"):
+        FFN[ffn](Reader())
+    return read
 
 
 def idle_settings(given: dict, ffn: str) -> list[str]:
     """Of the settings given, those of other feedforward layers: they change nothing in this one."""
-    if not hasattr(FFN[ffn], "settings"):       # a layer need not say what it uses
-        return []
-    used = FFN[ffn].settings
-    others = set()
-    for layer in FFN.values():
-        others.update(getattr(layer, "settings", ()))
+    used = settings_of(ffn)
+    others = set().union(*map(settings_of, FFN))
     return [name for name in given if name in others and name not in used]
+
+
+def resume_command(cfg: TrainConfig, *more: str) -> str:
+    return shlex.join(["python", "train.py", *out_dir_option(cfg), "--resume", *more])
+
+
+def out_dir_option(cfg: TrainConfig) -> list[str]:
+    return [] if cfg.out_dir == TrainConfig.out_dir else [f"--out_dir={cfg.out_dir}"]
 
 
 # --------------------------------------------------------------------------------------------------
 # data
 
 class Data:
-    """The tokens of a folder made by prepare_data.py. ValueError if it is not whole or too short.
+    """The tokens of a folder made by prepare_data.py.
 
     The files of the start stay open: prepare_data.py may replace them by others during a run.
     """
@@ -238,37 +224,25 @@ class Data:
         self.folder = Path(folder)
         self.block_size = block_size
         self.seed = seed
-        remedy = f"python prepare_data.py --help tells how to make {folder}"
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.tokenizer = dict(ranks=(self.folder / "tokenizer.tiktoken").read_text(),
-                                  pat_str=self.meta["pat_str"])
-            self.encoding = prepare_data.load_tokenizer(**self.tokenizer)
-            self.files = {"train": open(self.folder / "train.bin", "rb"),       # noqa: SIM115
-                          "val": open(self.folder / "val.bin", "rb")}           # noqa: SIM115
-        except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing: {remedy}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"meta.json and tokenizer.tiktoken in {folder} are not, or not both, "
-                             f"what prepare_data.py made: {remedy}") from error
-        if self.encoding.n_vocab != self.meta["vocab_size"]:
-            raise ValueError(f"meta.json and tokenizer.tiktoken in {folder} are not, or not both, "
-                             f"what prepare_data.py made: {remedy}")
+        if not (self.folder / "meta.json").exists():
+            raise SystemExit(f"{self.folder}/meta.json is missing: python prepare_data.py --help "
+                             "tells how to make it")
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.tokenizer = dict(ranks=(self.folder / "tokenizer.tiktoken").read_text(),
+                              pat_str=self.meta["pat_str"])
+        self.encoding = prepare_data.load_tokenizer(**self.tokenizer)
+        self.files = {}
         for part in ("train", "val"):
-            self._check_size(part)
-
-    def _check_size(self, part: str) -> None:
-        name = self.folder / f"{part}.bin"
-        tokens = self.meta[f"{part}_tokens"]
-        size = os.fstat(self.files[part].fileno()).st_size
-        expected = tokens * np.dtype(self.meta["dtype"]).itemsize
-        if size != expected:
-            raise ValueError(f"{name} has {size} bytes, not the {expected} of meta.json: prepare "
-                             "it again")
-        needed = 2 * self.block_size + 1
-        if tokens < needed:
-            raise ValueError(f"{name} has {tokens} tokens: too few for --block_size="
-                             f"{self.block_size}, which needs {needed}")
+            self.files[part] = open(self.folder / f"{part}.bin", "rb")          # noqa: SIM115
+            tokens = self.meta[f"{part}_tokens"]
+            # Another run of prepare_data.py may just have replaced one file and not yet the others.
+            size = os.fstat(self.files[part].fileno()).st_size
+            if size != tokens * np.dtype(self.meta["dtype"]).itemsize:
+                raise SystemExit(f"{self.folder}: {part}.bin and meta.json are not of the same "
+                                 "data: prepare it again")
+            if tokens < 2 * block_size + 1:
+                raise SystemExit(f"{self.folder}/{part}.bin has {tokens} tokens: too few for "
+                                 f"--block_size={block_size}, which needs {2 * block_size + 1}")
 
     def tokens(self, part: str) -> np.ndarray:
         """All tokens of "train" or "val", mapped from the file."""
@@ -279,9 +253,6 @@ class Data:
         # Mapped anew each time: a long-lived map counts every page it touched as memory in use.
         tokens = self.tokens(part)
         rows = np.stack([tokens[start:start + self.block_size + 1] for start in starts])
-        if rows.max() >= self.meta["vocab_size"]:
-            raise ValueError(f"{self.folder}/{part}.bin holds token {rows.max()}, beyond "
-                             f"vocab_size={self.meta['vocab_size']}: prepare it again")
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -315,28 +286,19 @@ class Data:
 DEFAULT_DATA = {"data/python": False, "data/packages": True}    # folder: with installed packages?
 
 
-def open_data(cfg: TrainConfig, given: dict, saved: dict | None, rank: int) -> Data:
-    """The data of the run, prepared first if it is the default one and missing.
-
-    Gives a new run the vocabulary of the data. Raises ValueError if the data is damaged, or is not
-    what the checkpoint was trained on.
-    """
+def open_data(cfg: TrainConfig, saved: dict | None, rank: int) -> Data:
+    """The data of the run, prepared first if it is the default one and missing."""
     if cfg.data_dir in DEFAULT_DATA:
         if rank == 0 and not Path(cfg.data_dir, "meta.json").exists():
-            print(f"There is no data in {cfg.data_dir}: preparing it from the Python files of this "
-                  "machine.", flush=True)
+            say(f"There is no data in {cfg.data_dir}: preparing it from the Python files of this "
+                "machine.")
             prepare_data.prepare(["python"], cfg.data_dir, site_packages=DEFAULT_DATA[cfg.data_dir])
         if dist.is_initialized():
             dist.barrier()
     data = Data(cfg.data_dir, cfg.block_size, cfg.seed)
     if saved and saved["data"]["fingerprint"] != data.meta["fingerprint"]:
-        raise ValueError(f"{cfg.data_dir} is not the data that the run in {cfg.out_dir} was "
-                         "trained on: prepare that again")
-    if not saved and "vocab_size" not in given:
-        cfg.vocab_size = data.meta["vocab_size"]
-    if cfg.vocab_size < data.meta["vocab_size"]:
-        raise ValueError(f"--vocab_size={cfg.vocab_size} is less than the "
-                         f"{data.meta['vocab_size']} of {cfg.data_dir}")
+        raise SystemExit(f"train.py: {cfg.data_dir} is not the data that the run in {cfg.out_dir} "
+                         "was trained on: prepare that again")
     return data
 
 
@@ -383,31 +345,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["rate"]
 
 
-def clip_gradients(model: nn.Module, cfg: TrainConfig) -> float:
+def clip_gradients(model: nn.Module, cfg: TrainConfig) -> Tensor:
     """Scales the gradients to a norm of grad_clip where it is larger. Returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    if isinstance(norm, DTensor):       # sharded: each process knows the norm of its part
-        norm = norm.full_tensor()
-    return norm.item()
+    # Sharded: each process knows the norm of its part.
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def choose_dtype(cfg: TrainConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the matmuls, and why."""
+def choose_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the matmuls."""
     if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype), f"--dtype={cfg.dtype}"
-    if device.type == "cpu":
-        return torch.float32, "bfloat16 is for GPUs"
+        return getattr(torch, cfg.dtype)
     # torch.cuda.is_bf16_supported() also counts GPUs that only emulate it, slowly.
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float32, "the GPU has no bfloat16"
-    return torch.bfloat16, "the GPU has it"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
 
 
-def choose_compile(cfg: TrainConfig, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and why."""
-    if cfg.compile and device.type == "cuda" and kernels.triton is None:
-        return False, "it needs triton"
-    return cfg.compile, "--compile" if cfg.compile else "--no-compile"
+def micro_batch(cfg: TrainConfig, world: int) -> int:
+    """How many sequences a process takes at a time: without a setting, 2 GB of logits at most."""
+    if cfg.micro_batch_size:
+        return cfg.micro_batch_size
+    logits_bytes = 4 * cfg.block_size * cfg.vocab_size          # of a sequence
+    return max(1, min(cfg.batch_size // world, 2 * 10**9 // logits_bytes))
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -475,13 +435,10 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process: all of them must stop at the same step."""
-    return sum_over_processes(torch.tensor(float(flag), device=device)).item() > 0
-
-
-def wrap(model: GPT, cfg: TrainConfig, compiled: bool) -> nn.Module:
+def wrap(model: GPT, cfg: TrainConfig) -> nn.Module:
     """What the loop calls in place of model, whose parameters it shares."""
+    on_gpu = model.rope.is_cuda
+    compiled = cfg.compile and not (on_gpu and kernels.triton is None)  # it needs triton there
     wrapped = torch.compile(model) if compiled else model
     if dist.is_initialized() and not cfg.shard:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
@@ -501,11 +458,17 @@ def stop_signals() -> Iterator[list[int]]:
     """Within it Ctrl-C, SIGTERM and a closed terminal stop nothing: they are added to the list."""
     received = []
     before = {}
+
+    def receive(number, frame):
+        received.append(number)
+        with contextlib.suppress(OSError):              # print could interrupt another print
+            os.write(2, b"train.py: saving after this step\n")
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)            # Windows has no SIGHUP
         if number is None or signal.getsignal(number) == signal.SIG_IGN:
             continue                                    # nohup ignores SIGHUP
-        before[number] = signal.signal(number, lambda number, frame: received.append(number))
+        before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -513,17 +476,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def memory_hint() -> Iterator[None]:
-    """A lack of memory becomes one line that says what to lower; other errors stay as they are."""
+def say(text: str) -> None:
+    """Prints, if anybody listens: a pipe or a terminal that closes does not end a training."""
     try:
-        yield
-    except RuntimeError as error:
-        on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise SystemExit("train.py: out of memory: lower --micro_batch_size, --block_size or the "
-                         "sizes of the model") from error
+        print(printable(text), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def require_finite(step: int, cfg: TrainConfig, rank: int, **values: float) -> None:
@@ -623,7 +581,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, autocast: contextlib.Abst
     starts = data.val_starts(cfg.eval_sequences)
     mine = starts[rank::world]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    size = cfg.micro_batch_size
+    size = micro_batch(cfg, world)
     with count_choices(model) as counts:
         for i in range(0, len(mine), size):
             part = mine[i:i + size]
@@ -669,18 +627,13 @@ def save(model: GPT, optimizer: torch.optim.Optimizer, cfg: TrainConfig, data: D
 
 def load_optimizer(state: dict, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Restores the moments and step counts of a checkpoint; what the groups are, settings say."""
-    if not state or not state["state"]:
+    if not state:
         return              # it was saved before the first step
-    moments = state["state"]                            # by the names of parameters
-    if 0 in moments:                                    # an older train.py numbered them
-        names = [name for name, p in model.named_parameters() if p.ndim > 1]
-        names += [name for name, p in model.named_parameters() if p.ndim <= 1]
-        moments = {names[i]: values for i, values in moments.items()}
     name_of = {p: name for name, p in model.named_parameters()}
     groups = []
     for group in optimizer.param_groups:
         groups.append(group | dict(params=[name_of[p] for p in group["params"]]))
-    set_optimizer_state_dict(model, optimizer, dict(state=moments, param_groups=groups),
+    set_optimizer_state_dict(model, optimizer, dict(state=state["state"], param_groups=groups),
                              options=FULL)
 
 
@@ -695,25 +648,22 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None, device: torch.de
     path = Path(cfg.out_dir, "log.jsonl")
     kept = []
     if saved and path.exists():
-        for line in path.read_text().splitlines():
-            try:
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
                 entry = json.loads(line)
-            except json.JSONDecodeError:                # a kill can cut the last line short
-                continue
-            if entry.get("step", 0) <= saved["step"]:
-                kept.append(line + "\n")
+                if isinstance(entry, dict) and entry.get("step", 0) <= saved["step"]:
+                    kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
-    versions = dict(torch=torch.__version__, python=platform.python_version(),
-                    machine=describe_device(device), processes=world)
+    about = dict(config=dataclasses.asdict(cfg),
+                 versions=dict(torch=torch.__version__, python=platform.python_version(),
+                               machine=describe_device(device), processes=world))
     if saved:
-        append_log(cfg, event="resume", step=saved["step"], config=dataclasses.asdict(cfg),
-                   versions=versions)
+        append_log(cfg, event="resume", step=saved["step"], **about)
     else:
         (path.parent / "ckpt.pt").unlink(missing_ok=True)
-        append_log(cfg, event="config", config=dataclasses.asdict(cfg), data=data.meta,
-                   versions=versions)
+        append_log(cfg, event="config", data=data.meta, **about)
 
 
 def describe_device(device: torch.device) -> str:
@@ -734,6 +684,8 @@ def log_evaluation(result: dict, progress: dict, cfg: TrainConfig, model: GPT) -
     append_log(cfg, event="eval", step=step, tokens=step * cfg.batch_size * cfg.block_size,
                flops=step * step_flops, seconds=round(progress["seconds"], 3),
                train_loss=progress["loss"], **result)
+    say(f"step {step:6}/{cfg.steps} | validation loss {result['val_loss']:.4f} | "
+        f"{result['val_bits_per_byte']:.4f} bits per byte | induction {result['induction']:.2f}")
 
 
 def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops: float,
@@ -745,38 +697,31 @@ def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops:
     eta = clock(elapsed * (cfg.steps - step))
     append_log(cfg, event="step", step=step, seconds=round(progress["seconds"], 3),
                loss=progress["loss"], lr=lr, norm=norm)
-    print(f"step {step:6}/{cfg.steps} | loss {progress['loss']:.4f} | lr {lr:.2e} | "
-          f"norm {norm:.3f} | {1e3 * elapsed:.0f} ms | {tokens / elapsed:,.0f} tok/s | "
-          f"mfu {step_flops / elapsed / peak_flops:.1%} | eta {eta}", flush=True)
+    say(f"step {step:6}/{cfg.steps} | loss {progress['loss']:.4f} | lr {lr:.2e} | "
+        f"norm {norm:.3f} | {1e3 * elapsed:.0f} ms | {tokens / elapsed:,.0f} tok/s | "
+        f"mfu {step_flops / elapsed / peak_flops:.1%} | eta {eta}")
 
 
 def report(model: GPT, data: Data, cfg: TrainConfig, given: dict, device: torch.device,
            world: int) -> None:
-    """Prints what is about to run, and why it runs so."""
+    """Prints what is about to run."""
     total, active = model.num_params()
     tokens = cfg.batch_size * cfg.block_size
     flops = 3 * model.flops_per_sequence() * cfg.batch_size
     passes = cfg.steps * cfg.batch_size / data.n_windows()
-    dtype, dtype_reason = choose_dtype(cfg, device)
-    compiled, compile_reason = choose_compile(cfg, device)
-    backend, backend_reason = kernels.backend(device.type)
-    print(f"device   {describe_device(device)}")
-    print(f"dtype    {str(dtype).removeprefix('torch.')}: {dtype_reason}")
-    print(f"compile  {'on' if compiled else 'off'}: {compile_reason}")
-    print(f"kernels  {backend}: {backend_reason}")
-    print(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
-          f"{active:,} active per token; training takes {flops / tokens / 1e6:.1f} MFLOP per token")
-    print(f"data     {cfg.data_dir}: {data.meta['train_tokens']:,} tokens, vocabulary "
-          f"{cfg.vocab_size}")
-    print(f"plan     {cfg.steps} steps of {tokens:,} tokens on {world} process(es): "
-          f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
-          f"{cfg.steps * flops:.3g} FLOP")
+    say(f"device   {describe_device(device)}, {str(choose_dtype(cfg, device))[6:]}")
+    say(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
+        f"{active:,} active per token; training takes {flops / tokens / 1e6:.1f} MFLOP per token")
+    say(f"data     {cfg.data_dir}: {data.meta['train_tokens']:,} tokens, vocabulary "
+        f"{cfg.vocab_size}")
+    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {world} process(es): "
+        f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
+        f"{cfg.steps * flops:.3g} FLOP")
     if passes > 4:
-        print("note     so many passes overfit: take fewer --steps, or more data "
-              "(prepare_data.py --help)")
+        say("note     so many passes overfit: take fewer --steps, or more data "
+            "(prepare_data.py --help)")
     for name in idle_settings(given, cfg.ffn):
-        print(f"note     --{name} changes nothing with ffn={cfg.ffn}")
-    sys.stdout.flush()
+        say(f"note     --{name} changes nothing with ffn={cfg.ffn}")
 
 
 def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float, rank: int) -> None:
@@ -786,14 +731,15 @@ def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float, rank: in
                           generator=generator))
     if rank != 0:
         return
-    print(f"trained for {clock(seconds)}. A sample:\n{'-' * 60}\n{text}\n{'-' * 60}")
-    where = "" if cfg.out_dir == TrainConfig.out_dir else f" --out_dir={cfg.out_dir}"
-    analysis = f"curves {cfg.out_dir}"
+    line = "-" * 60
+    say(f"trained for {clock(seconds)}. A sample:\n{line}\n{text}\n{line}")
+    where = out_dir_option(cfg)
+    analysis = shlex.join(["python", "analyze.py", "curves", cfg.out_dir])
     if cfg.ffn == "sgatlin" and not cfg.softmax_gates and not cfg.shared_pool:
-        analysis = f"report{where}"     # its circuits can be read
-    print(f"next:  python sample.py{where} --prompt \"def \"\n"
-          f"       python analyze.py {analysis}\n"
-          f"       python train.py{where} --resume --steps={2 * cfg.steps}", flush=True)
+        analysis = shlex.join(["python", "analyze.py", "report", *where])   # it has circuits
+    say(f"next:  {shlex.join(['python', 'sample.py', *where, '--prompt', 'def '])}\n"
+        f"       {analysis}\n"
+        f"       {resume_command(cfg, f'--steps={2 * cfg.steps}')}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -801,11 +747,24 @@ def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float, rank: in
 
 def choose_device(given: dict) -> str:
     wanted = given.get("device", "auto")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        fail("--device=cuda: torch sees no CUDA device; --device=cpu runs without one")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return wanted
+
+
+def set_up(given: dict, device: torch.device,
+           rank: int) -> tuple[TrainConfig, dict | None, Data]:
+    """The settings, the checkpoint to resume, and the data. What can fail at once comes first."""
+    cfg, saved = load_settings(given, device)
+    if rank == 0:
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out_dir).close()         # raises OSError if it is read-only
+    if saved is None and cfg.flops:
+        cfg = dataclasses.replace(cfg, steps=steps_for(cfg.flops, cfg))
+    data = open_data(cfg, saved, rank)
+    if saved is None and "vocab_size" not in given:
+        cfg = dataclasses.replace(cfg, vocab_size=data.meta["vocab_size"])
+    return cfg, saved, data
 
 
 def build_model(cfg: TrainConfig, saved: dict | None,
@@ -814,11 +773,7 @@ def build_model(cfg: TrainConfig, saved: dict | None,
     torch.manual_seed(cfg.seed)
     model = GPT(cfg)
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError:
-            fail(f"the checkpoint in {cfg.out_dir} holds another model than model.py makes of its "
-                 "settings")
+        model.load_state_dict(saved["model"])
     if cfg.shard:
         shard(model, device)        # first, for the whole model may not fit on one device
     model.to(device)
@@ -828,45 +783,62 @@ def build_model(cfg: TrainConfig, saved: dict | None,
     return model, optimizer
 
 
+def load_batch(data: Data, step: int, cfg: TrainConfig, rank: int, world: int,
+               device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """This process's part of a step's batch, in micro-batches: inputs and targets."""
+    mine = data.train_starts(step, cfg.batch_size).reshape(world, -1)[rank]
+    size = micro_batch(cfg, world)
+    batch = []
+    for i in range(0, len(mine), size):
+        x, y = data.windows("train", mine[i:i + size])
+        if device.type == "cuda":       # the copies then run beside the GPU's work
+            x = x.pin_memory()
+            y = y.pin_memory()
+        batch.append((x.to(device, non_blocking=True), y.to(device, non_blocking=True)))
+    return batch
+
+
+def read_numbers(loss: Tensor, norm: Tensor, stop: bool, world: int) -> tuple[float, float, bool]:
+    """The loss of all processes, the norm, and whether any has to stop: the step's one wait."""
+    summed = sum_over_processes(torch.stack((loss / world, loss.new_tensor(float(stop)))))
+    loss, stops, norm = torch.cat((summed, norm[None])).tolist()
+    return loss, norm, stops > 0
+
+
 def main(argv: list[str] | None = None) -> None:
     given = parse_args(argv)
+    plain_output()
     keep_memory()
     # AdamW's moments of neurons that are not chosen become denormal numbers, slow on a CPU.
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")      # TF32 where a GPU multiplies float32
-    with processes(choose_device(given)) as (rank, world, device), memory_hint():
+    with processes(choose_device(given)) as (rank, world, device):
         if device.type == "cuda":
             sum_in_fixed_order()
-        # Build everything. A mistake of the user is found here and ends the program with one line.
-        try:
-            cfg, saved = settle(given, device, world)
-            data = open_data(cfg, given, saved, rank)
-            Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            fail(error)
+        cfg, saved, data = set_up(given, device, rank)
         model, optimizer = build_model(cfg, saved, device)
-        dtype, _ = choose_dtype(cfg, device)
-        compiled, _ = choose_compile(cfg, device)
+        dtype = choose_dtype(cfg, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        wrapped = wrap(model, cfg, compiled)
+        wrapped = wrap(model, cfg)
         peak_flops = matmul_flops(device, dtype)
         if rank == 0:
             report(model, data, cfg, given, device, world)
             start_log(cfg, data, saved, device, world)
         # seconds are those of the steps alone; loss is that of the last step
         progress = dict(step=0, seconds=0.0, loss=None)
+        evaluated = None
         if saved:
             progress = {name: saved[name] for name in progress}
-        step = progress["step"]
-        resumed_at = step if saved else None
+            evaluated = saved["step"]           # the log has that evaluation
         saved = None        # its tensors would stay in memory
 
+        step = progress["step"]
+        batch = load_batch(data, step, cfg, rank, world, device)
         with stop_signals() as received:
             stop = False
             while True:
-                # Evaluate and save: when it is due, and before a stop.
-                due = step % cfg.eval_interval == 0 or step == cfg.steps
-                due = due and step != resumed_at        # the log has that evaluation
+                # Evaluate when it is due, and save then and before a stop.
+                due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != evaluated
                 if due:
                     result = evaluate(model, data, cfg, autocast, rank, world)
                     require_finite(step, cfg, rank, validation_loss=result["val_loss"])
@@ -874,43 +846,33 @@ def main(argv: list[str] | None = None) -> None:
                         log_evaluation(result, progress, cfg, model)
                 if due or stop:
                     save(model, optimizer, cfg, data, progress)
-                if due and rank == 0:
-                    print(f"step {step:6}/{cfg.steps} | validation loss {result['val_loss']:.4f} | "
-                          f"{result['val_bits_per_byte']:.4f} bits per byte | "
-                          f"induction {result['induction']:.2f} | "
-                          f"saved {cfg.out_dir}/ckpt.pt", flush=True)
-                if stop or step == cfg.steps:
+                if stop or step >= cfg.steps:
                     break
 
-                # Learning rate.
-                began = time.perf_counter()
-                lr = schedule(step, cfg)
-                set_learning_rate(optimizer, lr)
-
                 # Forward and backward, one micro-batch at a time.
-                mine = data.train_starts(step, cfg.batch_size).reshape(world, -1)[rank]
+                began = time.perf_counter()
                 loss = torch.zeros((), device=device)
-                for i in range(0, len(mine), cfg.micro_batch_size):
-                    starts = mine[i:i + cfg.micro_batch_size]
-                    x, y = data.windows("train", starts)
+                for i, (x, y) in enumerate(batch):
                     # DDP sends gradients with the last micro-batch; others ignore this attribute.
-                    wrapped.require_backward_grad_sync = i + cfg.micro_batch_size >= len(mine)
+                    wrapped.require_backward_grad_sync = i == len(batch) - 1
                     with autocast:
-                        _, part = wrapped(x.to(device), y.to(device))
-                    part = part * (len(starts) / len(mine))
+                        _, part = wrapped(x, y)
+                    part = part * (len(x) * world / cfg.batch_size)
                     part.backward()
                     loss += part.detach()
-                loss = sum_over_processes(loss / world).item()
 
                 # Clip and step.
+                lr = schedule(step, cfg)
+                set_learning_rate(optimizer, lr)
                 norm = clip_gradients(model, cfg)
-                require_finite(step, cfg, rank, loss=loss, gradient_norm=norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                stop = any_process(bool(received), device)
 
-                # Log.
+                # Read the numbers of the step while the next batch is on its way.
                 step += 1
+                batch = load_batch(data, step, cfg, rank, world, device)
+                loss, norm, stop = read_numbers(loss, norm, bool(received), world)
+                require_finite(step, cfg, rank, loss=loss, gradient_norm=norm)
                 elapsed = time.perf_counter() - began
                 progress = dict(step=step, seconds=progress["seconds"] + elapsed, loss=loss)
                 if rank == 0 and (step % cfg.log_interval == 0 or step == cfg.steps):
@@ -919,14 +881,12 @@ def main(argv: list[str] | None = None) -> None:
         del wrapped     # before the process group: if DDP is its last owner, gloo can hang at exit
         if step < cfg.steps:
             if rank == 0:
-                print(f"stopped and saved at step {step}; to continue: python train.py "
-                      f"--out_dir={cfg.out_dir} --resume", flush=True)
+                say(f"stopped and saved at step {step}; to continue: {resume_command(cfg)}")
             raise SystemExit(130)
         print_end(model, data, cfg, progress["seconds"], rank)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # a terminal that cannot show a character shows "?"
     try:
         main()
     except KeyboardInterrupt:           # while data is prepared; the loop saves and stops
