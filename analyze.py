@@ -218,17 +218,15 @@ def record(model: GPT, windows: Tensor) -> Recording:
     products = torch.empty_like(gates)
     top = torch.empty(W * T, 5, dtype=torch.int64)
     p = torch.empty(W * T, 5)
-    channels = torch.arange(cfg.n_channels, dtype=torch.int32, device=weight.device)
-    first_rows = channels[:, None] * cfg.n_experts                      # (C, 1)
     batch = max(1, 2**24 // (T * cfg.vocab_size))       # windows at a time: 64 MB of logits
     for start in range(0, W, batch):
         part = windows[start:start + batch]
         here = slice(start * T, start * T + part.numel())
 
         def keep(layer, x, layer_gates, ids, here=here):
-            layer_rows = (ids + first_rows).flatten(1)                  # (N', J)
-            w_in = model.blocks[layer].ffn.w_in.flatten(0, 1)           # (R, D)
-            readings = kernels.gather_dot(x, w_in, layer_rows)          # (N', J)
+            ffn = model.blocks[layer].ffn
+            layer_rows = ffn.rows(ids)                                  # (N', J)
+            readings = kernels.gather_dot(x, ffn.w_in.flatten(0, 1), layer_rows)
             gates[layer, here] = layer_gates.flatten(1).cpu()
             rows[layer, here] = layer_rows.cpu()
             products[layer, here] = (layer_gates.flatten(1) * readings).cpu()
@@ -309,15 +307,15 @@ class Run:
         """The token at a place among windows (W, T): the text before it, its own, and that after.
         """
         w, t = divmod(place, tokens.shape[1])
-        return [self.text(tokens[w, max(t - CONTEXT + 1, 0):t]), self.text([tokens[w, t]]),
-                self.text(tokens[w, t + 1:t + 5])]
+        before = tokens[w, max(t - CONTEXT + 1, 0):t]
+        after = tokens[w, t + 1:t + 5]
+        return [self.text(before), self.text([tokens[w, t]]), self.text(after)]
 
     def predictions(self, recording: Recording, place: int) -> str:
         """The three likeliest next tokens and their probabilities."""
-        words = []
-        for token, p in zip(recording.top[place, :3].tolist(), recording.p[place, :3].tolist()):
-            words.append(f"{self.name(token)} {p:.2f}")
-        return "  ".join(words)
+        tokens = recording.top[place, :3].tolist()
+        p = recording.p[place, :3].tolist()
+        return "  ".join(f"{self.name(token)} {q:.2f}" for token, q in zip(tokens, p))
 
     def prompt(self, text: str | None) -> list[int]:
         """<|endoftext|> and the tokens of a text; without one, of the beginning of a validation
@@ -358,10 +356,11 @@ def gram(circuits: Circuits) -> Tensor:
 
 
 NEIGHBORS = 10      # shown and scored per circuit, as in the paper
+Near = list[tuple[int, float]]      # the places of circuits, and their similarities
 
 
 def find_neighbors(queries: Circuits, own: Tensor, circuits: Circuits, keys: Tensor,
-                   contexts: Tensor) -> list[list[tuple[int, float]]]:
+                   contexts: Tensor) -> list[Near]:
     """The NEIGHBORS circuits most similar to each query: their places and similarities.
 
     Left out are circuits whose key (N,) is the query's own (Q,), and repeats of a context (N,).
@@ -384,8 +383,7 @@ def find_neighbors(queries: Circuits, own: Tensor, circuits: Circuits, keys: Ten
 # --------------------------------------------------------------------------------------------------
 # neighbors: which circuits are most like those of a text? (arXiv 2606.07414, Table 3)
 
-def nearest_circuits(run: Run, source: Recording, places,
-                     layer: int) -> list[list[tuple[int, float]]]:
+def nearest_circuits(run: Run, source: Recording, places, layer: int) -> list[Near]:
     """Of the circuits at places of a recording the nearest of the run's; none in its context."""
     known = run.trained
     return find_neighbors(source.circuits(layer).at(places), source.contexts[places],
@@ -521,8 +519,12 @@ def shared_subkeys(ids: Tensor, n: int) -> list[float]:
     """
     first = ids[..., :, None] // n == ids[..., None, :] // n                    # (..., k, k)
     second = ids[..., :, None] % n == ids[..., None, :] % n
-    kinds = [(first & ~second, n - 1), (~first & second, n - 1), (~first & ~second, (n - 1)**2)]
-    return [pair.sum().item() / ids.numel() / others for pair, others in kinds]
+    means = []
+    for pairs, others in ((first & ~second, n - 1),
+                          (second & ~first, n - 1),
+                          (~first & ~second, (n - 1)**2)):
+        means.append(pairs.sum().item() / ids.numel() / others)
+    return means
 
 
 def gram_cka(K: Tensor, L: Tensor) -> float:
@@ -533,8 +535,8 @@ def gram_cka(K: Tensor, L: Tensor) -> float:
 
     K = centred(K)
     L = centred(L)
-    scale = ((K * K).sum() * (L * L).sum()).clamp(min=1e-12).sqrt()
-    return ((K * L).sum() / scale).item()
+    squares = (K * K).sum() * (L * L).sum()
+    return ((K * L).sum() / squares.clamp(min=1e-12).sqrt()).item()
 
 
 def alignment(run: Run) -> dict[str, float]:
@@ -563,11 +565,9 @@ def draw_coactivation(run: Run, layer: int, channel: int, path: Path) -> None:
     ids = run.trained.rows[layer, :, channel * k:(channel + 1) * k] - channel * E
     P = coactivation(ids, size).fill_diagonal_(0)
     figure = go.Figure(layout=dict(height=820))
-    figure.add_heatmap(z=P.mul(1000).round().int().tolist(), zmin=0, zmax=100, colorscale="Viridis",
-                       hovertemplate="P(%{x} | %{y}) = %{z} / 1000<extra></extra>")
+    figure.add_heatmap(z=P.mul(1000).round().int().tolist(), zmin=0, zmax=100, colorscale="Viridis")
     figure.update_xaxes(title="j", dtick=n, constrain="domain")
-    figure.update_yaxes(title="i", dtick=n, constrain="domain", autorange="reversed",
-                        scaleanchor="x")
+    figure.update_yaxes(title="i", dtick=n, autorange="reversed", scaleanchor="x")
     write_charts(path, f"P(j | i) in thousandths: layer {layer}, channel {channel}", [figure])
 
 
@@ -728,15 +728,13 @@ def indirect_effect(clean: Tensor, counterfactual: Tensor, patched: Tensor) -> T
     return (patched - clean) / (counterfactual - clean)
 
 
-class Patches(NamedTuple):
-    """Effects [a, b], (F, F), are of the gates of b in prompt a, or of every third prompt's."""
-    logits: Tensor          # (F, V), unpatched
-    known: Tensor           # (F, F) bool: both prompts prefer their own answer
-    effects: dict[tuple, tuple[Tensor, Tensor]]     # {(position, layers): (of b, of a third)}
+def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, Tensor, dict]:
+    """Every prompt with the gates of every other, position by position, layer by layer.
 
-
-def patching(run: Run, template: Template, facts: list[Fact]) -> Patches:
-    """Every prompt with the gates of every other, position by position, layer by layer."""
+    Returns the logits (F, V), unpatched; known (F, F): both prompts prefer their own answer; and
+    {(position, layers): two effects (F, F)}, [a, b] of the gates of b in prompt a, and of every
+    third prompt's.
+    """
     prompts = torch.tensor([template.prompt(run, word) for word, _ in facts], device=run.device)
     answers = torch.tensor([answer for _, answer in facts])
     gates = {}
@@ -765,7 +763,7 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> Patches:
             third += effect / (number - 2)
         effects[position, layers] = (theirs, third)
     known = (clean > 0) & (counterfactual < 0)
-    return Patches(logits, known, effects)
+    return logits, known, effects
 
 
 def show_patch(args: argparse.Namespace) -> None:
@@ -812,21 +810,17 @@ def show_patch(args: argparse.Namespace) -> None:
 # neuron: where is a neuron chosen, what does it read, and what does it write?
 
 CARD_ITEMS = 8      # excerpts, and tokens in each list
-
-
-class Card(NamedTuple):
-    """Of one neuron. It adds gate * <w_in, x> times w_out: where this product is negative, what it
-    promotes and what it suppresses change places."""
-    use: float                              # share of the recorded tokens that choose it
-    excerpts: list[tuple[float, int]]       # product and recorded place, the largest |product|
-    promotes: list[tuple[int, float]]       # tokens, and what w_out adds to their logits directly
-    suppresses: list[tuple[int, float]]
-    reads: list[tuple[int, float]]          # tokens, and <w_in, x> of x their normed embedding
+Words = list[tuple[int, float]]     # tokens, each with a value
 
 
 @torch.no_grad()
-def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[int, float]]]]:
-    """The tokens that each neuron promotes, suppresses and reads, as in its Card."""
+def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[Words]]:
+    """Three lists of each neuron: tokens that it promotes and suppresses, with what w_out adds to
+    their logits directly; and that it reads, with <w_in, x> of x their normed embedding.
+
+    A neuron adds gate * <w_in, x> times w_out: where this product is negative, what it promotes and
+    what it suppresses change places.
+    """
     model = run.model
     block = model.blocks[layer]
     embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V, D) without padding
@@ -840,12 +834,13 @@ def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[list[tuple[
     for values, keys in ((writes, writes), (writes, -writes), (reads, reads.abs())):
         best = keys.topk(CARD_ITEMS).indices                            # (n, CARD_ITEMS)
         for n, tokens in enumerate(best.tolist()):
-            words[n].append([(token, values[n, token].item()) for token in tokens])
+            words[n].append([(token, round(values[n, token].item(), 3)) for token in tokens])
     return words
 
 
-def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
-    """Of neurons of one layer, from what is recorded; no two excerpts in equal contexts."""
+def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[dict]:
+    """Of neurons of one layer: use, the share of the recorded tokens that choose it; excerpts, the
+    largest products and their places, no two in equal contexts; promotes, suppresses and reads."""
     recording = run.trained
     contexts = recording.contexts.tolist()
     J = recording.rows.shape[2]
@@ -858,11 +853,12 @@ def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[Card]:
         products = recording.products[layer].flatten()[pairs]
         excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
-            excerpts.setdefault(contexts[places[i]], (products[i].item(), places[i]))
+            excerpts.setdefault(contexts[places[i]], (round(products[i].item(), 3), places[i]))
             if len(excerpts) == CARD_ITEMS:
                 break
-        use = len(places) / recording.tokens.size
-        cards.append(Card(use, list(excerpts.values()), *words))
+        promotes, suppresses, reads = words
+        cards.append(dict(use=len(places) / recording.tokens.size, excerpts=list(excerpts.values()),
+                          promotes=promotes, suppresses=suppresses, reads=reads))
     return cards
 
 
@@ -875,16 +871,16 @@ def show_neuron(args: argparse.Namespace) -> None:
                          f"channels of {run.cfg.n_experts} neurons, counted from 0")
     [card] = neuron_cards(run, layer, [channel * run.cfg.n_experts + neuron])
     excerpts = []
-    for product, place in card.excerpts:
+    for product, place in card["excerpts"]:
         excerpts.append([product, *run.excerpt(run.trained.tokens, place),
                          run.predictions(run.trained, place)])
     words = []
-    for pairs in zip(card.promotes, card.suppresses, card.reads):
+    for pairs in zip(card["promotes"], card["suppresses"], card["reads"]):
         row = []
         for token, value in pairs:
             row += [run.name(token), value]
         words.append(row)
-    show(f"Neuron {channel}:{neuron} of layer {layer}, chosen by {card.use:.3%} of "
+    show(f"Neuron {channel}:{neuron} of layer {layer}, chosen by {card['use']:.3%} of "
          f"{run.trained.tokens.size:,} tokens, where what it adds is largest",
          ["gate * <w_in, x>", "before", "token", "after", "next"], excerpts)
     show("Tokens that w_out promotes and suppresses, directly and less the mean (the other way "
@@ -898,6 +894,9 @@ def show_neuron(args: argparse.Namespace) -> None:
 # Hold the gates, the attention patterns and the scales of the norms, 1 / rms, at what they are on a
 # prompt: the model is then linear in the embeddings, and has no biases. So embeddings times the
 # logit's gradient add up to the logit, exactly, and so do the neurons and what passes them by.
+
+Slot = tuple[int, int, int]     # layer, t, j: where a prompt's token has chosen a neuron
+
 
 class Attribution(NamedTuple):
     """Of one logit at the last position of a prompt of T tokens; tensors on the CPU."""
@@ -977,7 +976,7 @@ def explain(model: GPT, tokens: list[int], target: int | None = None,
                        torch.stack(neuron_shares))
 
 
-def largest(values: Tensor, count: int) -> list[tuple[int, int, int]]:
+def largest(values: Tensor, count: int) -> list[Slot]:
     """The places (layer, t, j) of the largest values (L, T, J)."""
     best = values.flatten().argsort(descending=True, stable=True)[:count]
     layers, positions, slots = torch.unravel_index(best, values.shape)
@@ -985,7 +984,7 @@ def largest(values: Tensor, count: int) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def logit_without(run: Run, found: Attribution, neurons: list[tuple[int, int, int]]) -> float:
+def logit_without(run: Run, found: Attribution, neurons: list[Slot]) -> float:
     """The logit when neurons, places (layer, t, j) in the recording, add nothing at these t."""
     def switch_off(layer: int, x: Tensor, gates: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         gates = gates.clone()
@@ -1002,7 +1001,7 @@ def logit_without(run: Run, found: Attribution, neurons: list[tuple[int, int, in
     return contrast(logits, found.target, found.against).item()
 
 
-def alike(neurons: list[tuple[int, int, int]], values: Tensor) -> list[tuple[int, int, int]]:
+def alike(neurons: list[Slot], values: Tensor) -> list[Slot]:
     """For each neuron another, of its layer and position, whose value (L, T, J) is nearest."""
     others = []
     for layer, t, j in neurons:
@@ -1174,7 +1173,8 @@ def gaussian_like(x: Tensor, count: int) -> Tensor:
 
 def unexplained(y: Tensor, predicted: Tensor) -> float:
     """The fraction of the variance of y (N, D) that predictions leave: 1 for y's mean."""
-    return ((y - predicted).square().sum() / (y - y.mean(0)).square().sum()).item()
+    variance = (y - y.mean(0)).square().sum()
+    return ((y - predicted).square().sum() / variance).item()
 
 
 def fit(student: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
@@ -1382,8 +1382,8 @@ def show_redistribute(args: argparse.Namespace) -> None:
             cells[norm] = interval(statistics.fmean(no_ffn), statistics.stdev(no_ffn))
         rows.append([name, cells[False], interval(*paper), cells[True],
                      f"{solved} of {2 * len(SEEDS)}"])
-    show(f"Share of right digits with the FFN's output set to zero, in models that learned x + 7 in "
-         f"at most {args.steps} steps; mean ± standard deviation over {len(SEEDS)} seeds",
+    show(f"Share of right digits with the FFN's output set to zero, in models that learned x + 7 "
+         f"in {args.steps} steps at most; mean ± standard deviation over {len(SEEDS)} seeds",
          ["feedforward layer", "no norm", "paper, no norm", "norm", "solved"], rows)
     print("\nWhere many digits are right without it, attention does much of the work. To say 0 "
           "always gets 0.323, because the last digit is 0 unless x > 992.")
@@ -1649,25 +1649,21 @@ def line_chart(title: str, panels: list[tuple]):
 
 def budget_chart(best: dict[str, list[Group]]):
     """Loss against FLOPs, and bits per byte against seconds, of the best groups of each layer: a
-    line through the means, a point for each seed. Points of later layers are a little further to
-    the right, so that none hides another."""
-    against_flops = []
-    against_seconds = []
-    for place, (layer, of_layer) in enumerate(best.items()):
-        groups = [group for group in of_layer if group.budget]
-        against_flops.append((layer, "lines", [group.budget for group in groups],
-                              [group.loss for group in groups]))
-        against_seconds.append((layer, "lines", [group.seconds for group in groups],
-                                [group.bits.mean() for group in groups]))
-        for group in groups:
-            count = len(group.losses)
-            against_flops.append((layer, "markers", [group.budget * 1.02**place] * count,
-                                  group.losses.tolist()))
-            against_seconds.append((layer, "markers", [group.seconds] * count,
-                                    group.bits.tolist()))
-    return line_chart("Trained with equal FLOPs", [
-        ("FLOPs of training", "validation loss, nats per token", against_flops),
-        ("seconds of training", "bits per byte", against_seconds)])
+    line through the means, a point for each seed."""
+    panels = []
+    for x_title, x_name, y_title, y_name in (
+            ("FLOPs of training", "budget", "validation loss, nats per token", "losses"),
+            ("seconds of training", "seconds", "bits per byte", "bits")):
+        lines = []
+        for layer, of_layer in best.items():
+            groups = [group for group in of_layer if group.budget]
+            means = [getattr(group, y_name).mean() for group in groups]
+            lines.append((layer, "lines", [getattr(group, x_name) for group in groups], means))
+            for group in groups:
+                values = getattr(group, y_name).tolist()
+                lines.append((layer, "markers", [getattr(group, x_name)] * len(values), values))
+        panels.append((x_title, y_title, lines))
+    return line_chart("Trained with equal FLOPs", panels)
 
 
 def loss_chart(groups: list[Group]):
@@ -1699,7 +1695,7 @@ def show_curves(args: argparse.Namespace) -> None:
               "bits per byte", "sgatlin less it", "ratio", "used"],
              group_rows(groups, starred, budget))
     show_same_seconds(best)
-    print("\nLosses after the last step, with 95 % intervals over seeds by Student's t. A star: the "
+    print("\nLosses after the last step, 95 % intervals over seeds by Student's t. A star: the "
           "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
           "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
     if has_plotly():
@@ -1745,8 +1741,10 @@ def why_item(run: Run, tokens: list[int]) -> dict | None:
     neurons = []
     for at in largest(found.neuron_shares.abs(), SHOWN):
         layer, t, _ = at
-        values = (found.neuron_shares[at].item(), found.recording.products[at].item())
-        neurons.append([layer, t, found.recording.rows[at].item(), *rounded(values)])
+        row = found.recording.rows[at].item()
+        share = found.neuron_shares[at].item()
+        product = found.recording.products[at].item()
+        neurons.append([layer, t, row, *rounded([share, product])])
     return dict(target=found.target, logit=round(found.logit, 3), neurons=neurons,
                 shares=rounded(found.token_shares.tolist()))
 
@@ -1802,11 +1800,7 @@ def card_items(run: Run, items: list[dict]) -> dict[str, dict]:
     for layer, rows in wanted.items():
         progress(f"make cards of {len(rows)} neurons of layer {layer}")
         for row, card in zip(sorted(rows), neuron_cards(run, layer, sorted(rows))):
-            words = {}
-            for name in ("promotes", "suppresses", "reads"):
-                words[name] = [rounded(pair) for pair in getattr(card, name)[:6]]
-            excerpts = [rounded(pair) for pair in card.excerpts[:5]]
-            cards[f"{layer} {row}"] = dict(use=card.use, excerpts=excerpts, **words)
+            cards[f"{layer} {row}"] = card
     return cards
 
 

@@ -2520,12 +2520,12 @@ def test_planted_shares_and_cards(planted):
     shares = [[0, 0], [20 / rms, -13 / rms]]
     assert found.neuron_shares[0].tolist() == [pytest.approx(row, rel=1e-3) for row in shares]
     card, unused = analyze.neuron_cards(run, 0, [0, 15])
-    assert card.use == 2 / 8 and unused.use == 0 and unused.excerpts == []      # of a and of d
-    assert [excerpt[0] for excerpt in card.excerpts] == pytest.approx([20] * 8, rel=1e-3)
-    assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card.excerpts)
-    assert card.promotes[0] == (ord("A"), pytest.approx(1 - 1 / 257))
-    assert {chr(token) for token, _ in card.reads} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
-    assert card.reads[0][1] == pytest.approx(1, rel=1e-3)
+    assert card["use"] == 2 / 8 and unused["use"] == 0 and unused["excerpts"] == []  # of a and d
+    assert [product for product, _ in card["excerpts"]] == pytest.approx([20] * 8, rel=1e-3)
+    assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card["excerpts"])
+    assert card["promotes"][0] == (ord("A"), pytest.approx(1 - 1 / 257, abs=1e-3))
+    assert {chr(token) for token, _ in card["reads"]} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
+    assert card["reads"][0][1] == pytest.approx(1, rel=1e-3)
 
 
 def test_planted_controls(planted, capsys):
