@@ -62,11 +62,11 @@ def cell(value: str | float | None) -> str:
     """A value of a table as text; None and NaN are not known."""
     if value is None or value != value:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if isinstance(value, int):
-        return f"{value:,}" if value < 10**11 else f"{value:.3g}"       # the latter are FLOPs
-    return value
+    if isinstance(value, str):
+        return value
+    if value > 1e11:
+        return f"{value:.3g}"       # FLOPs
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
 def show(title: str, header: list[str], rows: list[list]) -> None:
