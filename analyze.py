@@ -1689,6 +1689,11 @@ def show_curves(args: argparse.Namespace) -> None:
     groups = group_runs(runs)
     best = best_groups(groups)
     starred = list(itertools.chain(*best.values()))
+    if has_plotly():
+        charts = [loss_chart(groups)]
+        if any(group.budget for group in groups):
+            charts.insert(0, budget_chart(best))
+        write_charts(path, "Runs", charts)
     for budget in sorted({group.budget for group in groups}):
         show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
              ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
@@ -1698,11 +1703,6 @@ def show_curves(args: argparse.Namespace) -> None:
     print("\nLosses after the last step, 95 % intervals over seeds by Student's t. A star: the "
           "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
           "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
-    if has_plotly():
-        charts = [loss_chart(groups)]
-        if any(group.budget for group in groups):
-            charts.insert(0, budget_chart(best))
-        write_charts(path, "Runs", charts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2138,3 +2138,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:         # of `analyze.py ... | head`, which has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

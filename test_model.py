@@ -2972,6 +2972,16 @@ def test_kept_runs_are_as_good_as_their_logs(budget_runs, tmp_path, monkeypatch,
     assert outputs[0] == outputs[1] and "1e+12 FLOPs" in outputs[0]
 
 
+def test_a_closed_pipe_loses_nothing(tmp_path):
+    pytest.importorskip("plotly")
+    run = run_log(tmp_path / "a", "mlp", (8, 5, 3))
+    command = [sys.executable, "analyze.py", "curves", str(run), f"--out_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()              # as `| head` does when it has its lines
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "curves.html").exists()
+
+
 def test_old_logs_and_young_runs_have_dashes(tmp_path, capsys):
     """Stopped before a step, or written by an old train.py."""
     config = dict(event="config", config=dict(ffn="mlp", steps=5))
