@@ -2198,30 +2198,32 @@ def test_contexts_are_equal_where_the_last_tokens_are():
         assert same == (contexts[a, 3] == contexts[b, 3])
 
 
-def test_nearest_are_the_best_of_different_contexts():
+def test_neighbors_are_the_best_of_other_keys_and_different_contexts():
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(300, 40))
+    circuits = analyze.Circuits(unit, torch.arange(40).int().expand(300, 40).contiguous(), 40)
     contexts = torch.arange(300) // 2       # every context occurs twice
-    found = analyze.nearest(unit @ unit.T, torch.eye(300, dtype=torch.bool), contexts)
+    keys = torch.arange(300) % 7
+    found = analyze.find_neighbors(circuits, keys, circuits, keys, contexts)
     for query, near in enumerate(found):
-        order = (unit @ unit[query]).argsort(descending=True).tolist()
         best = []
-        for i in order:
-            if i != query and i // 2 not in [j // 2 for j in best]:
+        for i in (unit @ unit[query]).argsort(descending=True).tolist():
+            if i % 7 != query % 7 and i // 2 not in [j // 2 for j in best]:
                 best.append(i)
         assert [i for i, _ in near] == best[:analyze.NEIGHBORS]
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).normal(size=20)
-    estimate = analyze.jackknife(values, np.eye(20, dtype=bool))
-    error = values.std(ddof=1) / 20**0.5
-    assert estimate == pytest.approx([values.mean(), 1.96 * error])
-    assert analyze.jackknife(values, np.ones((1, 20), dtype=bool)) == (None, None)
+    error = 1.96 * values.std(ddof=1) / 20**0.5
+    found = analyze.jackknife(values, np.eye(20, dtype=bool))
+    assert found == f"{values.mean():.3f} ± {error:.3f}"
+    assert analyze.jackknife(values, np.ones((1, 20), dtype=bool)) == "-"
 
 
 def test_classes_are_of_like_contexts():
     """x and y, and u and v, occur between the same tokens, which are themselves the third class."""
+    pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     text = []
     for _ in range(2000):
@@ -2235,6 +2237,25 @@ def test_classes_are_of_like_contexts():
     assert sorted(classes.names[labels[1]].split()) == ["1", "2"]
 
 
+def write_run(folder, model, training, validation, **config):
+    """A run's checkpoint and data: a tokenizer of bytes, and these texts."""
+    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text/doc.txt").write_text("some text\n" * 100)
+    meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
+    for part, text in (("train", training), ("val", validation)):
+        tokens = np.array(list(text.encode()), meta["dtype"])
+        tokens.tofile(folder / f"data/{part}.bin")
+        meta[f"{part}_tokens"] = len(tokens)
+    (folder / "data/meta.json").write_text(json.dumps(meta))
+    ranks = (folder / "data/tokenizer.tiktoken").read_text()
+    torch.save(dict(model=model.state_dict(), data=meta, step=0,
+                    config=vars(model.cfg) | dict(data_dir=str(folder / "data"), seed=0) | config,
+                    tokenizer=dict(ranks=ranks, pat_str=meta["pat_str"])), folder / "ckpt.pt")
+
+
+PLANTED = dict(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, d_key=32)
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """A run whose letter 4a + b of a..p uses neuron 4a + b with gate 20 and 4a + (b+1) % 4 with 13.
@@ -2246,18 +2267,7 @@ def planted(tmp_path_factory):
     letters = ""
     for _ in range(16):     # two of each letter in a window
         letters += "".join(rng.permutation(list("abcdefgh")))
-    (folder / "text").mkdir()
-    (folder / "text/doc.txt").write_text("some text\n" * 100)
-    meta = prepare_data.prepare([str(folder / "text")], folder / "data", tokenizer="bytes")
-    training = ".aA.fF.kK" * 6 + ".pA" * 4
-    for part, text in (("train", training), ("val", letters + "a")):
-        tokens = np.frombuffer(text.encode(), np.uint8).astype(meta["dtype"])
-        tokens.tofile(folder / f"data/{part}.bin")
-        meta[f"{part}_tokens"] = len(text)
-    (folder / "data/meta.json").write_text(json.dumps(meta))
-    cfg = GPTConfig(vocab_size=257, block_size=16, n_layer=2, d_model=32, d_head=16, n_experts=16,
-                    d_key=32, n_channels=1, top_k=2)
-    model = GPT(cfg)
+    model = GPT(GPTConfig(**PLANTED, n_experts=16, n_channels=1, top_k=2))
     with torch.no_grad():
         for p in model.parameters():
             p.zero_() if p.ndim > 1 else p.fill_(1)
@@ -2273,54 +2283,57 @@ def planted(tmp_path_factory):
                 keys[0, half, best, t] = 10 * 32**-0.5
                 keys[0, half, (best + 1) % 4, t] = second * 32**-0.5
         model.blocks[0].ffn.w_out[0, :, 16:] = torch.eye(16)
-    ranks = (folder / "data/tokenizer.tiktoken").read_text()
-    save_checkpoint(folder / "ckpt.pt", dict(
-        model=model.state_dict(), config=vars(cfg) | dict(data_dir=str(folder / "data"), seed=0),
-        data=meta, tokenizer=dict(ranks=ranks, pat_str=meta["pat_str"]), step=0))
+    write_run(folder, model, ".aA.fF.kK" * 6 + ".pA" * 4, letters + "a")
     return folder
 
 
+def dense_run(folder):
+    torch.manual_seed(0)
+    write_run(folder, GPT(GPTConfig(**PLANTED, ffn="mlp")), "some text " * 8, "more text " * 8)
+
+
 def test_planted_neighbours_are_found(planted):
-    run = analyze.circuits_of(planted, "cpu", 128)
+    run = analyze.Run(planted)
     expected = torch.tensor([20.0, 13.0])
     torch.testing.assert_close(run.trained.gates[0, 0], expected, atol=1e-3, rtol=0)
-    window = torch.tensor([analyze.prompt_tokens(run, "b")])
-    source = analyze.record(run.model, window, "the prompt")
-    rows = analyze.neighbors_section(run, source, 0, None).tables[0].rows
-    assert len(rows) == 11 and all("»b«" in row[2] for row in rows)
-    assert [row[1] for row in rows[1:]] == pytest.approx([0] * 10, abs=1e-6)
-    tokens = run.trained.tokens
-    circuits = run.trained.circuits(0, None)
-    place = int(np.flatnonzero(tokens == ord("b"))[0])
-    is_b = torch.from_numpy(tokens.ravel() == ord("b"))[:, None]
-    sim = analyze.gram(circuits)[:, place:place + 1]
-    found = analyze.nearest(sim, is_b, analyze.contexts_of(tokens))[0]
-    assert {tokens.flat[i] for i, _ in found} <= set(b"ac")     # whose gate of 13 meets one of 20
+    source = analyze.record(run.model, torch.tensor([run.prompt("b")]))
+    [near] = analyze.nearest_circuits(run, source, [1], 0)
+    assert {run.trained.tokens.flat[place] for place, _ in near} == {ord("b")}
+    assert [similarity for _, similarity in near] == pytest.approx([1] * 10)
+    # of other letters a and c are nearest, whose gate of 13 meets one of 20
+    circuits = run.trained.circuits(0)
+    ids = torch.from_numpy(run.trained.tokens.ravel())
+    place = ids.tolist().index(ord("b"))
+    [near] = analyze.find_neighbors(circuits.at([place]), ids[[place]], circuits, ids,
+                                    run.trained.contexts)
+    assert {ids[other].item() for other, _ in near} <= set(b"ac")
     cosine = 13 * 20 / (20**2 + 13**2)
-    assert [value for _, value in found] == pytest.approx([cosine] * 10)
+    assert [value for _, value in near] == pytest.approx([cosine] * 10)
 
 
-def test_planted_shares(planted):
-    """Near circuits are of the same letter; b's nearest others, a and c, are of its class."""
-    run = analyze.circuits_of(planted, "cpu", 128)
-    tokens = run.trained.tokens
-    label = tokens.ravel() // 4 % 2
+def test_planted_class_shares(planted, capsys):
+    """b's nearest others, a and c, are of its class; d's are c and a, h's are e and g."""
+    pytest.importorskip("sklearn")
+    run = analyze.Run(planted)
+    ids = run.trained.tokens.ravel()
+    label = ids // 4 % 2
     places = np.arange(128)
-    shares = analyze.neighbor_shares(run.trained.circuits(0, None), places, tokens, label)
-    assert shares[0].min() == 1
-    chance = analyze.chance_shares(places, tokens, label)
-    assert chance[0] == pytest.approx(1 / 8)
-    for query, letter in enumerate(tokens.ravel()):
-        others = [other for other in b"abcdefgh" if other != letter]
-        same = [other // 4 % 2 == letter // 4 % 2 for other in others]
-        assert chance[1, query] == pytest.approx(np.mean(same))
+    shares = analyze.class_shares(run.trained, run.trained.circuits(0), places, label)
+    near = {"a": "bd", "b": "ac", "c": "bd", "d": "ca", "e": "fh", "f": "eg", "g": "fh", "h": "ge"}
+    for query, letter in enumerate(ids):
+        own = [ord(other) // 4 % 2 == letter // 4 % 2 for other in near[chr(letter)]]
+        assert min(own) <= shares[query] <= max(own)
+    analyze.main(["classes", "--layer=0", f"--out_dir={planted}"])
+    assert re.search(r"  all +128 +\d\.\d+ ± ", capsys.readouterr().out)
+    chance = analyze.chance_shares(run.trained, places, label)
+    for query, letter in enumerate(ids):
+        same = [other // 4 % 2 == letter // 4 % 2 for other in b"abcdefgh" if other != letter]
+        assert chance[query] == pytest.approx(np.mean(same))
 
 
-def test_planted_usage_and_coactivation(planted):
-    run = analyze.circuits_of(planted, "cpu", 128)
+def test_planted_usage_and_coactivation(planted, capsys):
+    run = analyze.Run(planted)
     rows = run.trained.rows[0]
-    load = analyze.load_of(rows, 16)
-    assert load == pytest.approx([0.5, 0.5, 0.75, 2, 1])        # 8 of 16, all alike
     P = torch.zeros(16, 16)
     for i in range(8):
         group = i // 4 * 4
@@ -2328,47 +2341,56 @@ def test_planted_usage_and_coactivation(planted):
         P[i, group + (i + 1) % 4] = P[i, group + (i - 1) % 4] = 0.5
     torch.testing.assert_close(analyze.coactivation(rows, 16), P.double())
     torch.testing.assert_close(analyze.coactivation(rows, 4), P[:4, :4].double())
-    usage = analyze.usage_section(run, 0, None).tables[0].rows
-    assert usage[0] == pytest.approx([0, 0, 0.5, 8, 0.5, 0.5, 0.75, 2, 1, 1, 2])
-    assert usage[1][1] == "all" and usage[1][2:] == usage[0][2:]
     assert analyze.shared_subkeys(rows, 4) == pytest.approx([1 / 3, 0, 0])  # 2 of 3, half the time
-    ids = torch.tensor([[0, 1, 5], [0, 4, 8]])      # (0,0) (0,1) (1,1), and (0,0) (1,0) (2,0)
-    assert analyze.different_subkeys(ids, 4) == [2.5, 1.5]
+    analyze.main(["usage", f"--out_dir={planted}"])
+    out = capsys.readouterr().out
+    assert re.search(r"^  0 +0.500 +0.500$", out, re.M)         # 8 of 16, all alike
+    assert re.search(r"^  0 +trained +0.333 +0.000 +0.000$", out, re.M)
 
 
-def test_planted_patches_have_their_effects(planted, tmp_path):
-    run = analyze.circuits_of(planted, "cpu", 2)
+def test_planted_patches_have_their_effects(planted, capsys):
+    run = analyze.Run(planted)
     template = analyze.Template(run, ".{}")
     assert (template.prefix, template.suffix) == ([ord(".")], [])
-    found = analyze.find_facts(run, template)
-    assert [(chr(fact.word), chr(fact.answer), fact.count, fact.total) for fact in found] == [
-        ("f", "F", 6, 6), ("k", "K", 6, 6), ("a", "A", 6, 6)]
-    assert [fact.lift for fact in found] == pytest.approx([22 / 6, 22 / 6, 22 / 10])
-    (tmp_path / "facts").write_text("k:K\n a : A\n")
-    assert analyze.given_facts(run, template, "f:F, k:K\na:A") == found
-    with pytest.raises(analyze.Mistake, match="has 2 facts, of 3 needed"):
-        analyze.given_facts(run, template, str(tmp_path / "facts"))
-    section = analyze.patching_section(run, ".{}", None)
-    assert "own gates, which change 0 at most" in section.text
-    for row in section.tables[0].rows:
-        effect = 0 if row[1] == "1" else 1      # of all layers, and of layer 0
-        assert [value.mean for value in row[2:]] == pytest.approx(
-            [effect, effect / 2, effect / 2], abs=1e-5)
-        assert [value.half for value in row[2:]] == pytest.approx([0] * 3, abs=1e-5)
-    assert [row[0] for row in section.tables[1].rows] == ["f → F", "k → K", "a → A"]
-    assert [row[5] for row in section.tables[1].rows] == ["F", "K", "A"]    # its first choice
+    facts = analyze.find_facts(run, template)       # p → A is not one, for A is a's answer
+    assert facts == [tuple(b"fF"), tuple(b"kK"), tuple(b"aA")]
+    assert analyze.given_facts(run, template, "f:F, k:K\na : A") == facts
+    logits, known, effects = analyze.patching(run, template, facts)
+    assert logits.argmax(1).tolist() == list(b"FKA") and known.sum() == 6
+    assert list(effects) == [(2, (0, 1)), (2, (0,)), (2, (1,))]
+    for (_, layers), (theirs, third) in effects.items():
+        effect = float(0 in layers)
+        torch.testing.assert_close(theirs[known], torch.full((6,), effect))
+        torch.testing.assert_close(third[known], torch.full((6,), effect / 2))
+    analyze.main(["patch", "--template=.{}", f"--out_dir={planted}"])
+    assert re.search(r"\{\} +all +1.000 ± 0.000 +0.500 ± 0.000 ", capsys.readouterr().out)
+
+
+def test_a_prompts_own_gates_change_nothing():
+    model = tiny(n_layer=2).eval()
+    prompts = tokens(3, 5)
+    gates = {}
+
+    def keep(layer, x, *output):
+        gates[layer] = output
+
+    with torch.inference_mode(), analyze.router_hook(model, keep):
+        logits = model(prompts)[0][:, -1]
+    for position, source in itertools.product(range(5), range(3)):
+        patched = analyze.patched_logits(model, prompts, gates, [0, 1], position, source)
+        assert torch.equal(patched[source], logits[source])
+        changed = [not torch.equal(patched[i], logits[i]) for i in range(3)]
+        same = [torch.equal(prompts[i, :position + 1], prompts[source, :position + 1])
+                for i in range(3)]
+        assert changed == [not equal for equal in same]
 
 
 def test_blanks_of_facts_are_those_of_the_template(planted):
-    run = analyze.circuits_of(planted, "cpu", 2)
+    run = analyze.Run(planted)
     blanks = {"The {} was": "  ", "from {} import": "  ", "@{}(": "", "a {}": "  ", ".{} ": " "}
     for text, expected in blanks.items():
         template = analyze.Template(run, text)
         assert template.word_blank + template.answer_blank == expected
-
-
-def run_of(model):
-    return argparse.Namespace(model=model, cfg=model.cfg, device="cpu", path="a model")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
@@ -2381,10 +2403,10 @@ def test_shares_of_tokens_add_up_to_the_logit(n_layer, norm, dtype, tolerance):
         prompt = tokens(1, 12, seed)[0].tolist()
         logits = model(torch.tensor([prompt]))[0][0, -1]
         best = logits.argmax().item()
-        against_mean = analyze.explain(run_of(model), prompt, None, None)
+        against_mean = analyze.explain(model, prompt)
         assert against_mean.target == best
         for found, truth in ((against_mean, logits[best] - logits.mean()),
-                             (analyze.explain(run_of(model), prompt, 3, 5), logits[3] - logits[5])):
+                             (analyze.explain(model, prompt, 3, 5), logits[3] - logits[5])):
             assert found.logit == truth.item()
             assert abs(found.token_shares.double().sum().item() - truth.item()) < tolerance
 
@@ -2397,7 +2419,7 @@ def test_shares_are_what_a_linear_model_computes_from_each_part():
         for block in model.blocks:
             block.attn.qkv.weight[:2 * model.cfg.d_model] = 0       # all of the past, equally
     prompt = tokens(1, 6)
-    found = analyze.explain(run_of(model), prompt[0].tolist(), 3, 5)
+    found = analyze.explain(model, prompt[0].tolist(), 3, 5)
     kept = {}
 
     def hold(layer, x, *output):
@@ -2432,9 +2454,8 @@ def test_switching_off_a_last_neuron_takes_its_share():
     """While the scale of the final norm is held."""
     torch.manual_seed(0)
     model = tiny(n_layer=2).double()
-    prompt = tokens(1, 12)
-    run = run_of(model)
-    found = analyze.explain(run, prompt[0].tolist(), None, None)
+    run = argparse.Namespace(model=model, cfg=model.cfg, device="cpu")
+    found = analyze.explain(model, tokens(1, 12)[0].tolist())
     scales = []
 
     def hold(norm, inputs, output):
@@ -2452,157 +2473,228 @@ def test_switching_off_a_last_neuron_takes_its_share():
 
 def test_planted_shares_and_cards(planted):
     """At an a the final stream is 1 at a, 20 at A and 13 at B; its rms is what scales logits."""
-    run = analyze.circuits_of(planted, "cpu", 128)
+    run = analyze.Run(planted)
     rms = ((1 + 20**2 + 13**2) / 32)**0.5
-    found = analyze.explain(run, list(b"ba"), ord("A"), ord("B"))
+    found = analyze.explain(run.model, list(b"ba"), ord("A"), ord("B"))
     assert found.logit == pytest.approx((20 - 13) / rms, rel=1e-3)
     assert found.token_shares.tolist() == pytest.approx([0, 7 / rms], rel=1e-3, abs=1e-6)
-    assert found.rows[0].tolist() == [[1, 2], [0, 1]]
-    assert found.gates[0, 1].tolist() == pytest.approx([20, 13], rel=1e-3)
+    assert found.recording.rows[0].tolist() == [[1, 2], [0, 1]]
     shares = [[0, 0], [20 / rms, -13 / rms]]
     assert found.neuron_shares[0].tolist() == [pytest.approx(row, rel=1e-3) for row in shares]
     card, unused = analyze.neuron_cards(run, 0, [0, 15])
-    assert card.use == 2 / 8 and unused.use == 0 and unused.excerpts == []      # of a and of d
-    low, high = card.scores[0], card.scores[-1]
-    assert low[0] == pytest.approx(13, abs=1e-2) and low[1] == high[1] == 16
-    assert [excerpt[0] for excerpt in card.excerpts] == pytest.approx([20] * 8, rel=1e-3)
-    assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card.excerpts)
-    assert card.promotes[0] == (ord("A"), pytest.approx(1 - 1 / 257))
-    assert {chr(token) for token, _ in card.reads} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
-    assert card.reads[0][1] == pytest.approx(1, rel=1e-3)
+    assert card["use"] == 2 / 8 and unused["use"] == 0 and unused["excerpts"] == []  # of a and d
+    assert [product for product, _ in card["excerpts"]] == pytest.approx([20] * 8, rel=1e-3)
+    assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card["excerpts"])
+    assert card["promotes"][0] == (ord("A"), pytest.approx(1 - 1 / 257, abs=1e-3))
+    assert {chr(token) for token, _ in card["reads"]} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
+    assert card["reads"][0][1] == pytest.approx(1, rel=1e-3)
 
 
-def test_planted_controls(planted):
+def test_planted_controls(planted, capsys):
     """Without the neuron of 20 the logit of A is 0, the norm scales up the 13 of the other."""
-    run = analyze.circuits_of(planted, "cpu", 128)
+    run = analyze.Run(planted)
     rms = ((1 + 20**2 + 13**2) / 32)**0.5
     rms_without = ((1 + 13**2) / 32)**0.5
-    changes = analyze.controls(run)
+    windows = run.validation()
+    changes = analyze.controls(run, windows, 1)
     before = (20 - 34 / 257) / rms
     after = -14 / 257 / rms_without
-    for pair in changes["the largest shares"]:
+    named, control = changes.values()
+    for pair in named:
         assert pair == pytest.approx((-20 / rms * 256 / 257, after - before), rel=1e-3)
-    # the other neuron of the letter
-    for name in ("others of equal use", "others of equal |gate|"):
-        for predicted, actual in changes[name]:
-            assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
-            assert actual > predicted
-
-
-def test_explain_prints_shares_and_their_sum(planted, tmp_path, capsys):
-    (tmp_path / "prompt").write_text("ba")
-    analyze.main(["explain", f"--prompt=FILE:{tmp_path}/prompt", "--against=B", "--controls",
-                  f"--out_dir={planted}"])
+    for predicted, actual in control:       # the other neuron of the letter
+        assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
+        assert actual > predicted
+    analyze.main(["explain", "--prompt=ba", "--against=B", "--controls", f"--out_dir={planted}"])
     out = capsys.readouterr().out
     assert "The logit of A as the next token, less that of B, is 1.6585" in out
     assert re.search(r"0 +2 a +0:0 +4.739 +A", out)
-    assert re.search(r"the largest shares +8 +-4.720 ± ", out)
-    analyze.main(["neuron", "0", "0:0", f"--out_dir={planted}"])
-    assert "== Neuron 0:0 of layer 0 ==" in capsys.readouterr().out
+    assert re.search(r"the 1 largest shares +8 +-4.720 ± ", out) and "prompts of 16 tokens" in out
 
 
-def test_report_holds_everything_and_loads_nothing(planted, capsys):
-    analyze.main(["report", f"--out_dir={planted}", "--template=.{}", "--windows=8"])
-    out = capsys.readouterr().out
-    content = json.loads((planted / "report.json").read_text())
-    assert list(content) == ["Map", "Do near circuits mean alike?", "Why this token?",
-                             "Usage and co-activation", "Patching", "Neighbours", "Curves"]
-    assert "log.jsonl is missing" in content["Curves"][0] and "== Patching ==" in out
-    text = (planted / "report.html").read_text()
-    assert len(text) < 12e6
-    if analyze.go:      # its own links to its makers load nothing until they are clicked
-        text = text.replace(analyze.get_plotlyjs(), "")
-    assert not re.search(r"""(src|href|url\()=?["']?(https?:)?//""", text)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
-    assert len(data["passage"]) == len(data["explained"]) == 16 and data["passage"][0] == 256
-
+# the page
 
 @pytest.fixture
-def explored(planted):
-    """What the page holds of the text ba, and of one recorded a."""
-    run = analyze.circuits_of(planted, "cpu", 128)
-    window = torch.tensor([analyze.prompt_tokens(run, "ba")])
-    place = run.trained.tokens.ravel().tolist().index(ord("a"))
-    source = analyze.record(run.model, window, "the prompt")
-    return analyze.explorer_data(run, source, [place], 0, None), place
+def page(planted):
+    """What the page holds of the text ba, and its HTML."""
+    run = analyze.Run(planted)
+    data = analyze.page_data(run, run.prompt("ba"), 0, with_map=False)
+    return data, analyze.page_body(data)
 
 
-def test_planted_page_holds_what_is_true(explored):
-    data, place = explored
-    assert [data["vocabulary"][token] for token in data["passage"]] == ["<|endoftext|>", "b", "a"]
-    for of_channel in data["near"][0]:      # all channels, and the only one
-        for token, near in zip("ba", of_channel[1:]):
-            assert len(near) == analyze.SHOWN and all(distance == 0 for _, distance in near)
-            assert {data["recorded"][other] for other, _ in near} == {ord(token)}
-            assert all(data["next"][other][0][0] == ord(token.upper()) for other, _ in near)
-    b = [[1, 20], [2, 13]]
-    a = [[0, 20], [1, 13]]
-    assert [np.round(pairs).tolist() for pairs in data["neurons"][0][1:]] == [b, a]
-    assert np.round(data["points"][place]["neurons"][0]).tolist() == a
-    why = data["explained"][2]
-    assert why["target"] == data["expected"][2][0][0] == ord("A") and why["shares"][:2] == [0, 0]
+def test_planted_page_holds_what_is_true(page):
+    data, _ = page
+    assert [item["text"][1] for item in data["passage"]] == ["<|endoftext|>", "b", "a"]
+    for letter, item, neurons in (("b", data["passage"][1], [[1, 20], [2, 13]]),
+                                  ("a", data["passage"][2], [[0, 20], [1, 13]])):
+        layer = item["layers"][0]
+        assert len(layer["near"]) == 8 and {distance for _, distance in layer["near"]} == {0}
+        for place, _ in layer["near"]:
+            assert data["texts"][place][1] == letter
+            assert data["texts"][place][3].startswith(letter.upper() + " ")
+        assert np.round(layer["neurons"]).tolist() == neurons
+        assert item["next"][0][0] == ord(letter.upper())
+    why = data["passage"][2]["why"]
+    assert why["target"] == ord("A") and why["shares"][:2] == [0, 0]
     assert sum(why["shares"]) == pytest.approx(why["logit"], abs=2e-3)
     layer, at, row, share, product = why["neurons"][0]
     assert (layer, at, row) == (0, 2, 0) and share > 0 and product == pytest.approx(20, abs=1e-2)
     for row, name in enumerate("ABC"):
         assert data["cards"][f"0 {row}"]["promotes"][0][0] == ord(name)
-    for point in data["points"].values():       # every neuron that is shown has its card
-        assert all(f"0 {row}" in data["cards"] for row, _ in point["neurons"][0])
 
 
-def test_no_text_ends_the_data_of_the_page():
-    data = {"x": "</script><!-- »\u2028&"}
-    text = analyze.json_script(data)
-    assert text.count("<") == 2 and json.loads(text[text.index(">") + 1:text.rindex("<")]) == data
+def shown_by_browser(path):
+    """The elements of a page after its scripts have run."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if not browser:
+        pytest.skip("no browser")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--timeout=20000",
+               f"--user-data-dir={path.parent}/profile", "--dump-dom", f"file://{path}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
-def test_names_on_the_map_do_not_cover_each_other():
-    xy = np.array([[0.0, 0], [5, 5], [0.1, 0], [0.1, 0.1], [9, 9]])
-    tokens = np.array([1, 1, 1, 2, 3])
-    chosen = analyze.label_places(xy, tokens, np.zeros(2), np.full(2, 10.0))
-    assert chosen == [2, 4]         # the middle of three, not 2's, which it would cover, and 3's
+def test_the_page_is_one_file_with_a_map_to_click(planted, tmp_path):
+    plotly = pytest.importorskip("plotly.offline")
+    pytest.importorskip("umap")
+    analyze.main(["report", f"--out_dir={planted}", "--windows=8"])
+    whole = (planted / "report.html").read_text()
+    text = whole.replace(plotly.get_plotlyjs(), "")
+    assert not re.search(r"""(src|href|url\()=?["']?(https?:)?//""", text)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert len(data["passage"]) == 16 and len(data["points"]) == 80      # ten of each letter
+    assert len(data["views"]) == 3 and "untrained" in data["views"][2]["name"]
+    for view in data["views"]:
+        assert np.array(view["xy"]).shape == (80, 2)
+    for point in data["points"]:        # every neuron that is shown has its card
+        assert all(f"0 {row}" in data["cards"] for row, _ in point["layers"][0]["neurons"])
+    name, x, y = data["views"][0]["names"][0]
+    own = [xy for xy, point in zip(data["views"][0]["xy"], data["points"])
+           if point["text"][1] == name]
+    assert [x, y] == np.median(own, axis=0).tolist()
+    click = 'map.emit("plotly_click", { points: [{ customdata: 0 }] });'
+    (tmp_path / "map.html").write_text(f"{whole}<script>{click}</script>")
+    text = shown_by_browser(tmp_path / "map.html")
+    details = text[text.index('id="details"'):text.index('id="data"')]
+    assert f"<mark>{data['points'][0]['text'][1]}</mark>" in details[:details.index("Nearest")]
+    assert "scatterlayer" in text and "What carries" not in details
 
 
-def test_the_page_escapes_its_text():
-    section = analyze.Section("a & b", "c < d", [analyze.Table("t", ["x"], [["<i>»y«"], [None]])])
-    text = analyze.page("<title>", [section])
-    assert "&lt;i&gt;<mark>y</mark>" in text and "a &amp; b" in text and "c &lt; d" in text
-    assert "<td>-</td>" in text and "&lt;title&gt;" in text and 'src="http' not in text
+def test_the_page_shows_what_it_holds(page, tmp_path):
+    """In a browser: click the a, open its first neuron, and choose layer 1 by its select."""
+    _, body = page
+    clicks = """document.querySelectorAll("#passage span")[2].click();
+        document.querySelector("#details details").open = true;"""
+    analyze.write_page(tmp_path / "a.html", "<title>", f"{body}<script>{clicks}</script>", "")
+    text = shown_by_browser(tmp_path / "a.html")
+    details = text[text.index('id="details"'):text.index('id="data"')]
+    assert "&lt;title&gt;" in text and 'id="map"' not in text       # no umap, no map
+    assert details.index("<mark>a</mark>") < details.index("Nearest circuits, layer 0")
+    assert details.count("0.00</span>") >= 8 and "+20.00</span>" in details and "0:0" in details
+    assert "25.0 % of tokens choose it" in details and "promotes" in details
+    assert "What carries “A”" in details and "blue for it" in text
+    chosen = 'view.value = 1; view.dispatchEvent(new Event("change"));'
+    analyze.write_page(tmp_path / "b.html", "", f"{body}<script>{chosen}</script>", "")
+    assert "Its neurons in layer 1" in shown_by_browser(tmp_path / "b.html")
 
 
-def test_pca_keeps_the_distances_of_the_plane():
-    inner = torch.tensor([[1.0, 0], [0.6, 0.8], [-0.6, 0.8], [0, -1]])
-    flat = torch.from_numpy(analyze.plane(inner @ inner.T, None))
-    torch.testing.assert_close(torch.cdist(flat, flat), torch.cdist(inner, inner).double())
+def test_text_is_shown_as_it_is(planted, tmp_path, capsys):
+    """Quotation marks, tags and control characters, in the terminal and on the page."""
+    text = "«\x1b\x00»<i>"
+    analyze.main(["neighbors", f"--prompt={text[:4]}", f"--out_dir={planted}", "--windows=2"])
+    analyze.main(["explain", f"--prompt={text[:4]}", f"--out_dir={planted}"])
+    out = capsys.readouterr().out
+    assert "␛" in out and "␀" in out and "\x1b" not in out and "\x00" not in out
+    run = analyze.Run(planted)
+    prompt = np.array([run.prompt(text)])
+    assert run.excerpt(prompt, 3) == ["<|endoftext|>«", "␛", "␀»<"]
+    data = dict(x="</script><!-- »\u2028&")
+    body = analyze.page_body(data)
+    held = body[body.index('id="data">') + 10:body.rindex("</script><script>")]
+    assert "<" not in held and json.loads(held) == data
 
 
-def test_broken_extras_and_a_closed_pipe_lose_nothing(planted, tmp_path):
-    """Another package named umap, a plotly that does not load, and `| head -n 1`."""
-    (tmp_path / "umap.py").write_text("")
-    (tmp_path / "plotly.py").write_text("raise RuntimeError('no numba')")
-    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
-    command = [sys.executable, "analyze.py", "report", f"--out_dir={planted}", "--windows=8"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=environment)
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 0 and "Traceback" not in errors
-    content = json.loads((planted / "report.json").read_text())
-    assert "cannot import name 'UMAP'" in content["Map"][0]
-    text = (planted / "report.html").read_text()
-    assert 'id="passage"' in text and 'id="map"' not in text and "Plotly.newPlot" not in text
-    command[2] = "map"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.stderr.startswith("analyze.py: a map needs plotly")
-    assert "no numba" in result.stderr
+# commands
+
+def test_commands_print_to_anything(planted, monkeypatch, capsys):
+    """Standard output may be a StringIO, as in a notebook, or closed."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    for command in (["neighbors", "--prompt=ba"], ["neuron", "0", "0:0"]):
+        analyze.main([*command, f"--out_dir={planted}"])
+    out = sys.stdout.getvalue()
+    assert "cosine distance" in out and "chosen by 25.000% of 128 tokens" in out
+    monkeypatch.setattr(sys, "stdout", None)
+    analyze.main(["neuron", "0", "0:0", f"--out_dir={planted}"])
+
+
+def test_paths_are_those_of_a_shell_and_data_may_move(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(planted / "ckpt.pt", tmp_path)
+    shutil.copytree(planted / "data", tmp_path / "moved")
+    state = torch.load(tmp_path / "ckpt.pt")
+    state["config"]["data_dir"] = "nowhere"
+    torch.save(state, tmp_path / "ckpt.pt")
+    analyze.main(["neuron", "0", "0:0", "--out_dir=~", "--data_dir=~/moved"])
+    assert "Neuron 0:0 of layer 0" in capsys.readouterr().out
+
+
+def test_models_without_context_can_be_read(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**PLANTED | dict(block_size=1), n_experts=16, n_channels=1, top_k=1))
+    write_run(tmp_path, model, ".aA.fF.kK" * 6, "abcdefgh" * 5)
+    run = analyze.Run(tmp_path)
+    assert analyze.page_data(run, run.prompt(None), 0, with_map=False)["passage"][0]["next"]
+    for command in ("usage", "explain", "neighbors"):
+        analyze.main([command, f"--out_dir={tmp_path}"])
+    analyze.main(["explain", "--controls", f"--out_dir={tmp_path}"])
+    assert "0.000 ±" not in capsys.readouterr().out
 
 
 def test_an_unwritable_folder_is_found_before_the_computing(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "read_log", lambda run: pytest.fail("it computes"))
+    monkeypatch.setattr(analyze, "read_runs", lambda run: pytest.fail("it computes"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="analyze.py: .*(Not a directory|File exists)"):
+    with pytest.raises(OSError):
         analyze.main(["curves", "run", f"--out_dir={tmp_path}/file/out"])
 
+
+def test_help_needs_no_docstrings(monkeypatch, capsys):
+    monkeypatch.setattr(analyze, "__doc__", None)       # as with python -OO
+    with pytest.raises(SystemExit):
+        analyze.main(["usage", "--help"])
+    out = capsys.readouterr().out
+    assert "--windows" in out and "--prompt" not in out
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["usage", "--out_dir=nowhere"], "nowhere"),
+    (["neighbors", "--prompt=" + "a" * 16], "17 tokens"),
+    (["explain", "--prompt=a", "--token=AB"], "is 2 tokens ('A' 'B')"),
+    (["neuron", "0", "0:16"], "neuron 0:16"), (["usage", "--layer=2"], "layer 2"),
+    (["patch", "--template=abc"], "needs one {}"), (["patch", "--template=q{}"], "0 facts"),
+    (["patch", "--template=.{}", "--facts=a:A,f:FF"], "is 2 tokens"),
+    (["mimic"], "ffn=sgatlin"), (["curves", "empty"], "none of these")])
+def test_likely_mistakes_end_with_one_line(planted, tmp_path, argv, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("")
+    if "--out_dir=nowhere" not in argv:
+        argv = [*argv, f"--out_dir={planted}"]
+    with pytest.raises(SystemExit) as stop:
+        analyze.main(argv)
+    assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+@pytest.mark.parametrize("part, change", [
+    ("data", dict(fingerprint="other")), ("config", dict(softmax_gates=True)),
+    ("config", dict(activation="gelu"))])
+def test_what_would_be_wrong_in_silence_is_refused(planted, tmp_path, part, change):
+    state = torch.load(planted / "ckpt.pt")
+    state[part] |= change
+    torch.save(state, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match="analyze.py: "):
+        analyze.main(["explain", "--prompt=ba", f"--out_dir={tmp_path}"])
+
+
+# small trainings
 
 def test_gaussian_inputs_have_the_mean_and_the_covariance():
     torch.manual_seed(0)
@@ -2638,35 +2730,24 @@ def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
     assert left["dense"] > torch.linalg.eigvalsh(covariance)[:8].sum() / covariance.trace() > 0.1
 
 
-def dense_run(folder, planted):
-    """The run planted, as one of an mlp, in another folder."""
-    state = load_checkpoint(planted / "ckpt.pt")
-    state["config"] |= dict(ffn="mlp")
-    torch.manual_seed(0)
-    settings = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__}
-    state["model"] = GPT(GPTConfig(**settings)).state_dict()
-    save_checkpoint(folder / "ckpt.pt", state)
-
-
-def test_mimic(planted, tmp_path, monkeypatch):
-    dense_run(tmp_path, planted)
-    monkeypatch.setattr(analyze, "QUICK", analyze.Effort((8,), 2**14, 3))
-    results = []
+def test_mimic(tmp_path, monkeypatch, capsys):
+    dense_run(tmp_path)
+    run = analyze.Run(tmp_path, ffn="mlp")
+    windows = run.validation()
+    inputs = analyze.layer_inputs(run, 1, windows)
+    seen = []
+    with run.model.blocks[1].ffn.register_forward_hook(lambda _, x, y: seen.append((x[0], y))):
+        run.model(windows)
+    torch.testing.assert_close(inputs, seen[0][0].flatten(0, 1))
+    torch.testing.assert_close(analyze.outputs(run.model.blocks[1].ffn, inputs),
+                               seen[0][1].flatten(0, 1))
+    monkeypatch.setattr(analyze, "ACTIVE", (8,))
     for _ in range(2):
-        analyze.main(["mimic", f"--out_dir={tmp_path}", "--quick"])
-        results.append(json.loads((tmp_path / "mimic.json").read_text())["Mimic"])
-    assert results[0] == results[1]
-    text, tables = results[0]
-    assert "Quick" in text and "layer 1" in text
-    students, anchors, layer = (rows for _, _, rows in tables)
-    assert [row[:3] for row in students] == [
-        [kind, 8, name] for kind in ("real", "Gaussian") for name in analyze.STUDENTS]
-    run = analyze.Run(tmp_path, "cpu", 128)
-    x, y = run.data.windows("val", 16 * np.arange(8))
-    assert anchors[0][1:] == [pytest.approx(run.model(x, y)[1].item()), [0, 0]]
-    run.model.blocks[1].ffn.down.weight.data.zero_()
-    assert anchors[2][1] == pytest.approx(run.model(x, y)[1].item())
-    assert layer == [[2 * 32 * 128, 4 * 32 * 128]]
+        analyze.main(["mimic", f"--out_dir={tmp_path}", "--steps=3", "--device=cpu"])
+    first, second = capsys.readouterr().out.split("Variance")[1:]
+    assert first.strip() == second.strip() and "of layer 1" in first
+    for kind in ("real", "Gaussian"):
+        assert re.search(rf"{kind} +8 +\d\.\d+ +\d\.\d+ +\d\.\d+", first)
 
 
 def test_addition_is_that_of_integers():
@@ -2680,257 +2761,194 @@ def test_addition_is_that_of_integers():
 
 
 @pytest.mark.parametrize("name", ["dense 256", "MoE top-1", "sgatlin"])
-def test_zeroed_layers_add_nothing(name):
-    """A layer with its output zeroed by a hook is one whose last weights are zero."""
+def test_without_its_ffn_a_model_is_one_whose_last_weights_are_zero(name):
     inputs, targets = analyze.addition()
-    targets = targets.clamp(min=0)
-    for layer, last in (("ffn", ("down.weight", "w2", "b2", "w_out")), ("attn", ("out.weight",))):
-        model = analyze.addition_model(name, True, 0)
-        part = getattr(model.blocks[0], layer)
-        whole = analyze.right_digits(model, inputs, targets, [])
-        zeroed = analyze.right_digits(model, inputs, targets, [part])
-        again = analyze.right_digits(model, inputs, targets, [])
-        assert torch.equal(whole, again)        # the hook is gone
-        with torch.no_grad():
-            written = [p.zero_() for key, p in part.named_parameters() if key in last]
-        assert written and not torch.equal(zeroed, whole)
-        assert torch.equal(zeroed, analyze.right_digits(model, inputs, targets, []))
+    model = analyze.addition_model(name, True, 0)
+    whole = analyze.right_digits(model, inputs, targets)
+    zeroed = analyze.right_without_ffn(model, inputs, targets)
+    assert analyze.right_digits(model, inputs, targets) == whole        # the hook is gone
+    with torch.no_grad():
+        for key, p in model.blocks[0].ffn.named_parameters():
+            if key in ("down.weight", "w2", "b2", "w_out"):
+                p.zero_()
+    assert analyze.right_digits(model, inputs, targets) == zeroed != whole
 
 
-@pytest.mark.parametrize("name", ["MoE top-1", "sgatlin"])
-def test_frozen_routers_keep_their_weights(name, monkeypatch):
-    models = []
-    make = analyze.addition_model
-
-    def kept(*args):
-        models.append(make(*args))
-        return models[-1]
-
-    monkeypatch.setattr(analyze, "addition_model", kept)
-    for frozen in (False, True):
-        variant = name + ", frozen router" * frozen
-        analyze.learn_addition(variant, False, 3, 2, "cpu")
-        before = dict(make(variant, False, 3).named_parameters())
-        trained = dict(models.pop().named_parameters())
-        same = {key for key in before if torch.equal(trained[key], before[key])}
-        router = {key for key in before if ".router." in key or ".gate." in key}
-        assert same == (router if frozen else set()) and router
-
-
-def test_sign_flips():
-    assert analyze.sign_flip_test([1, 2, 3, 4, 5.0]) == 2 / 32        # all of one sign
-    assert analyze.sign_flip_test([0.1, 0.2, -0.3]) == 1              # their sum is zero
-    assert analyze.sign_flip_test([1, 1, 1, -1.0]) == 10 / 16         # |sum| 2 or 4: 8 and 2 of 16
-
-
-def test_redistribute_quick(tmp_path, monkeypatch, capsys):
+def test_redistribute(monkeypatch, capsys):
     """The numbers are those of the same trainings in this process."""
-    monkeypatch.setattr(analyze, "QUICK_STEPS", 2)
-    variants = {name: analyze.VARIANTS[name] for name in ("sgatlin", "sgatlin, frozen router")}
-    monkeypatch.setattr(analyze, "VARIANTS", variants)
-    analyze.main(["redistribute", "--quick", f"--out_dir={tmp_path}", "--device=cpu"])
-    assert capsys.readouterr().err.count(": 2 steps, accuracy ") == 8
-    text, tables = json.loads((tmp_path / "redistribute.json").read_text())["Redistribute"]
-    assert text.startswith("Quick: 2 steps at most")
-    plain, normed, tests = (rows for _, _, rows in tables)
-    assert [row[0] for row in plain] == [row[0] for row in normed] == list(variants)
-    alone = [analyze.learn_addition("sgatlin", True, s, 2, "cpu") for s in analyze.SEEDS[:2]]
-    means = torch.tensor(alone, dtype=torch.double).mean(0)[1:]
-    assert [value[0] for value in normed[0][5:]] == pytest.approx(means.tolist(), abs=1e-6)
-    assert [row[:2] for row in tests] == [["no norm", "sgatlin"], ["norm", "sgatlin"]]
-    assert all(row[4][0] == pytest.approx(row[3][0] - row[2][0]) for row in tests)
-
-
-def write_log(path, config, evals, **start):
-    lines = [dict(event="config", config=config, **start)]
-    lines += [dict(event="eval", **entry) for entry in evals]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "ev')      # killed
-
-
-def test_curves(tmp_path):
-    for name, loss in (("a", 3.0), ("b", 2.0)):
-        evals = [dict(step=s, tokens=10 * s, flops=100 * s, seconds=0.5 * s, train_loss=9.0,
-                      val_loss=loss + 1 / (1 + s), val_bits_per_byte=1.0, used=[0.1 * s, 1.0],
-                      gini=[0.5, 0.6]) for s in (0, 1, 3)]
-        write_log(tmp_path / name / "log.jsonl", dict(ffn="sgatlin", n_layer=2), evals)
-    section = analyze.curves_section([tmp_path / "a", tmp_path / "b/log.jsonl"])
-    for row, loss in zip(section.tables[0].rows, (3.25, 2.25), strict=True):
-        assert row[2:] == [3, 30, 300, 1.5, 9.0, loss, 1.0]
-    pytest.importorskip("plotly")
-    losses, usage = section.figures
-    lines = [(list(d.x), list(d.y)) for d in losses.data if d.name == f"{tmp_path}/a (sgatlin)"]
-    assert lines == [([1, 3], [3.5, 3.25]), ([10, 30], [3.5, 3.25]), ([100, 300], [3.5, 3.25]),
-                     ([0.5, 1.5], [3.5, 3.25])]
-    lines = [(list(d.x), list(d.y)) for d in usage.data if d.name == f"{tmp_path}/a, layer 0"]
-    assert lines == [([1, 3], pytest.approx([0.1, 0.3])), ([1, 3], [0.5, 0.5])]
-
-
-def test_missing_values_are_dashes(tmp_path, capsys):
-    """Runs stopped before a step, or before the first evaluation, or of an old train.py."""
-    young = dict(step=0, tokens=0, flops=0, seconds=0.0, train_loss=None, val_loss=9.0,
-                 val_bits_per_byte=3.0)
-    for name, evals in (("young", [young]), ("unborn", []), ("old", [dict(step=5, val_loss=4.0)])):
-        write_log(tmp_path / f"{name}.jsonl", dict(ffn="mlp"), evals)
-    runs = [str(tmp_path / f"{name}.jsonl") for name in ("young", "unborn", "old")]
-    analyze.main(["curves", *runs, f"--out_dir={tmp_path}"])
+    monkeypatch.setattr(analyze, "VARIANTS", {"sgatlin": analyze.VARIANTS["sgatlin"]})
+    monkeypatch.setattr(analyze, "SEEDS", (42, 137))
+    analyze.main(["redistribute", "--steps=2", "--device=cpu"])
     out = capsys.readouterr().out
-    table = [line.split()[1:] for line in out.splitlines() if ".jsonl" in line]
-    assert table == [["mlp", "0", "0", "0", "0.000", "-", "9.000", "3.000"], ["mlp", *"-------"],
-                     ["mlp", "5", "-", "-", "-", "-", "4.000", "-"]]
-    with pytest.raises(SystemExit, match="was not trained to a budget"):
-        analyze.main(["isoflop", *runs, f"--out_dir={tmp_path}"])
+    cells = {}
+    for norm in (False, True):
+        values = [analyze.learn_addition("sgatlin", norm, seed, 2, "cpu").no_ffn
+                  for seed in (42, 137)]
+        cells[norm] = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    assert re.search(rf"sgatlin +{cells[False]} +- +{cells[True]} +0 of 4", out)
 
 
-def budget_run(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x",
-               until=20, **settings):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_children_end_with_their_parent(name):
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
+    command = [sys.executable, "analyze.py", "redistribute", "--device=cpu", "--steps=100"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    process.stderr.readline()           # the first model is trained, others are being
+    process.send_signal(getattr(signal, name))
+    process.wait(timeout=20)
+    try:
+        for _ in range(200):
+            os.killpg(process.pid, 0)       # raises where nothing is left in its group
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("children are left")
+
+
+# curves
+
+def run_log(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerprint="x", until=20,
+            **settings):
     """The log of a run of 20 steps, with three evaluations and these losses.
 
     It slept for a day after its tenth step, and without that took `seconds`.
     """
-    cfg = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
-    evals = [dict(step=s, tokens=10 * s, flops=100 * s, seconds=seconds * s / 20, train_loss=9.0,
-                  val_loss=loss, val_bits_per_byte=loss / 2)
-             for s, loss in zip((0, 10, until), losses)]
-    write_log(folder / "log.jsonl", cfg, evals, data=dict(fingerprint=fingerprint),
-              versions=dict(machine=machine, processes=1))
-    with open(folder / "log.jsonl", "a") as file:
-        for step in (0, 5, 10, 15, 20):
-            slept = 86_400 if step > 10 else 0
-            entry = dict(event="step", step=step, seconds=seconds * step / 20 + slept)
-            file.write("\n" + json.dumps(entry))
+    config = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
+    entries = [dict(event="config", config=config, data=dict(fingerprint=fingerprint),
+                    versions=dict(machine=machine, processes=1))]
+    for step, loss in zip((0, 10, until), losses):
+        entries.append(dict(event="eval", step=step, tokens=10 * step, flops=100 * step,
+                            seconds=seconds * step / 20, train_loss=9.0, val_loss=loss,
+                            val_bits_per_byte=loss / 2, used=[0.25, 1.0], gini=[0.5, 0.6]))
+    for step in (0, 5, 10, 15, 20):
+        slept = 86_400 if step > 10 else 0
+        entries.append(dict(event="step", step=step, seconds=seconds * step / 20 + slept))
+    folder.mkdir(exist_ok=True)
+    lines = b"\n".join(json.dumps(entry).encode() for entry in entries)
+    (folder / "log.jsonl").write_bytes(lines + b'\n[1]\n7\n"event"\n\xff\n{"event": "ev')   # a kill
     return folder
 
 
-def test_isoflop(tmp_path, capsys):
-    runs = [budget_run(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
-            budget_run(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
-            budget_run(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), ffn_rate=0.5),
-            budget_run(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
-            budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
-            budget_run(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1, d_key=32),
-            budget_run(tmp_path / "g", "mlp", (8, 5, 3.4), seconds=80, learning_rate=2e-3),
-            budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12),
-            budget_run(tmp_path / "i", "sgatlin", (8, 5, 2.0), seconds=400, flops=2e12)]
-    section = analyze.isoflop_section(runs)
-    rivals, in_time, table, *_ = section.tables
+def groups_of(runs):
+    read = list(itertools.chain(*map(analyze.read_runs, runs)))
+    return analyze.group_runs(analyze.comparable(read))
+
+
+@pytest.fixture
+def budget_runs(tmp_path):
+    return [run_log(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
+            run_log(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
+            run_log(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), ffn_rate=0.5),
+            run_log(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
+            run_log(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
+            run_log(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1, d_key=32),
+            run_log(tmp_path / "g", "mlp", (8, 5, 3.4), seconds=80, learning_rate=2e-3),
+            run_log(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=120, flops=2e12),
+            run_log(tmp_path / "i", "sgatlin", (8, 5, 2.0), seconds=400, flops=2e12)]
+
+
+def test_curves_compare_groups_of_seeds(budget_runs):
+    groups = groups_of(budget_runs)
+    best = analyze.best_groups(groups)
+    starred = list(itertools.chain(*best.values()))
+    rows = analyze.group_rows(groups, starred, 1e12)
     wide = 12.706                                   # Student's t with one degree of freedom
-    assert [row[:2] + row[9:12] for row in table.rows] == [
-        ["sgatlin swish no norm", "*", 1, 2.5, (None, None)],
-        ["sgatlin", "*", 2, pytest.approx(3), pytest.approx((3, wide * 0.02**0.5 / 2**0.5))],
-        ["sgatlin", "", 1, 3.2, (None, None)],
-        ["mlp", "", 1, 3.4, (None, None)],
-        ["mlp", "*", 2, pytest.approx(3.45), pytest.approx((3.45, wide * 0.005**0.5 / 2**0.5))]]
-    model = on_meta(GPTConfig())
-    assert table.rows[1][2:9] == ["4 x 256, 8 x 1024 k 8 d_key 128", "0.001", f"{tmp_path}/a",
-                                  *model.num_params(), 200, 20]
-    assert table.rows[2][3] == "0.001, ffn 0.5 of it"
-    assert table.rows[1][12:] == pytest.approx([math.exp(3), 1.5, 100])
-    assert rivals.rows == [
-        ["1e+12", "sgatlin swish no norm", *map(pytest.approx, np.exp([3, 2.5, 0.5])),
-         (pytest.approx(0.5), None)],
-        ["1e+12", "mlp", *map(pytest.approx, np.exp([3, 3.45, -0.45])),
-         pytest.approx((-0.45, wide * (0.02 / 2 + 0.005 / 2)**0.5))],
-        ["2e+12", "mlp", *map(pytest.approx, np.exp([2, 3, -1])), (pytest.approx(-1), None)]]
-    # From 100 to 400 seconds sgatlin falls from 1.5 to 1 bit, from 80 to 120 the MLP from 1.725 to
-    # 1.5, both in the logarithm of seconds; the variant without a second budget has no line.
-    assert in_time.header == ["seconds", "sgatlin", "mlp"]
-    for row, seconds in zip(in_time.rows, (100, 12000**0.5, 120)):
+    ours = wide * 0.02**0.5 / 2**0.5
+    its = wide * 0.005**0.5 / 2**0.5
+    assert [row[:2] + row[3:5] + [row[7]] for row in rows] == [
+        ["*", "sgatlin activation=swish norm=False", 1, 20, "2.500 ± ?"],
+        ["*", "sgatlin", 2, 20, f"3.000 ± {ours:.3f}"],
+        ["", "sgatlin", 1, 20, "3.200 ± ?"],
+        ["", "mlp", 1, 20, "3.400 ± ?"],
+        ["*", "mlp", 2, 20, f"3.450 ± {its:.3f}"]]
+    # d_key does nothing in an mlp, and the learning rate is what tells the two mlps apart
+    assert "ffn_rate=0.5" in rows[2][2] and "learning_rate=0.002" in rows[3][2]
+    assert "d_key" not in rows[4][2] and "n_channels=8" in rows[1][2]
+    assert rows[4][6] == 80 and rows[4][8] == f"1.725 ± {its / 2:.3f}"
+    half = wide * (0.02 / 2 + 0.005 / 2)**0.5
+    assert rows[4][9] == f"-0.450 ± {half:.3f}" and rows[4][10] == pytest.approx(math.exp(-0.45))
+    assert rows[0][9] == "0.500 ± ?" and rows[1][9] == "-" and rows[1][11] == "0.25 1.00"
+    pytest.importorskip("plotly")
+    chart = analyze.budget_chart(best)
+    traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in chart.data]
+    assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
+    assert ("mlp", "lines", [80, 120], [1.725, 1.5]) in traces
+    assert any(d.name == "sgatlin" and d.mode == "markers" and list(d.y) == [3.1, 2.9]
+               for d in chart.data)
+
+
+def test_bits_after_the_same_seconds(budget_runs, tmp_path, capsys):
+    """From 100 to 400 seconds sgatlin falls from 1.5 to 1 bit, from 80 to 120 the MLP from 1.725 to
+    1.5, both in the logarithm of seconds; the variant without a second budget has no line."""
+    analyze.show_same_seconds(analyze.best_groups(groups_of(budget_runs)))
+    header, *lines = capsys.readouterr().out.split("\n")[2:5]
+    assert header.split() == ["seconds", "sgatlin", "mlp"] and len(lines) == 2
+    for line, seconds in zip(lines, (100, 12000**0.5)):
         ours = 1.5 - 0.5 * math.log(seconds / 100, 4)
         its = 1.725 - 0.225 * math.log(seconds / 80, 1.5)
-        assert row == pytest.approx([seconds, ours, its])
-    # A run on another machine counts in FLOPs, not in seconds.
-    budget_run(tmp_path / "e", "mlp", (8, 5, 3.5), machine="cuda: GPU", dtype="float32")
-    analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
-    assert "0.500 ± ?" in capsys.readouterr().out                       # of one seed
-    _, in_time, table, *_ = analyze.isoflop_section(runs).tables
-    assert table.rows[-1][9:11] == [2, pytest.approx(3.45)] and table.rows[-1][-1] is None
-    assert in_time.rows[0] == pytest.approx([100, 1.5, 1.7 - 0.2 * math.log(100 / 80, 1.5)])
-    # Nor does a budget at which not every variant ran there.
-    other = budget_run(tmp_path / "j", "moe", (8, 5, 3), machine="cuda: GPU", flops=2e12,
-                       dtype="float32")
-    _, table, *_ = analyze.isoflop_section([*runs, other]).tables
-    assert table.caption == "1e+12 FLOPs: validation loss"
-    # Without common seconds there is no table of them.
-    slow = budget_run(tmp_path / "h", "mlp", (8, 5, 3.0), seconds=90, flops=2e12)
-    _, table, *_ = analyze.isoflop_section([*runs[:6], slow, runs[-1]]).tables
-    assert table.caption == "1e+12 FLOPs: validation loss"
+        assert line.split() == [f"{seconds:.0f}", f"{ours:.3f}", "±", "?", f"{its:.3f}", "±", "?"]
+    # with two seeds at both budgets there is an interval over two lines
+    budget_runs.append(run_log(tmp_path / "j", "mlp", (8, 5, 3.2), seconds=120, flops=2e12, seed=1))
+    mlp = analyze.best_groups(groups_of(budget_runs))["mlp"]
+    half = 12.706 * np.std([1.5, 1.6], ddof=1) / 2**0.5
+    assert analyze.bits_after(120, mlp) == f"1.550 ± {half:.3f}"
+    # a run on another machine counts in its loss, not in seconds
+    run_log(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=9, machine="cuda: GPU", dtype="float32")
+    assert analyze.best_groups(groups_of(budget_runs))["mlp"][0].seconds == 80
+
+
+def test_curves_leave_out_what_is_not_to_be_compared(tmp_path, capsys):
+    whole = run_log(tmp_path / "whole", "mlp", (8, 5, 3))
+    young = run_log(tmp_path / "young", "mlp", (8, 5, 2), until=19, seed=1)
+    again = run_log(tmp_path / "again", "mlp", (8, 5, 3))
+    [group] = groups_of([whole, young, again])
+    assert group.losses.tolist() == [3]
+    assert capsys.readouterr().err.count("left out") == 2
+    [group] = groups_of([young])        # where none is finished they are all there is
+    assert group.losses.tolist() == [2]
+    for other in (dict(fingerprint="y"), dict(eval_sequences=64), dict(block_size=512)):
+        other = run_log(tmp_path / "other", "mlp", (8, 5, 3), seed=1, **other)
+        with pytest.raises(SystemExit, match="not comparable"):
+            groups_of([whole, other])
+
+
+def test_kept_runs_are_as_good_as_their_logs(budget_runs, tmp_path, monkeypatch, capsys):
+    young = run_log(tmp_path / "young", "mlp", (8, 5, 2), until=19, seed=1)
+    analyze.main(["keep", *map(str, budget_runs), str(young)])
+    lines = capsys.readouterr().out
+    (tmp_path / "runs.jsonl").write_text(lines)
+    kept = [json.loads(line) for line in lines.splitlines()]
+    assert [run["run"] for run in kept] == list("abcdefghi")
+    assert kept[7]["settings"]["ffn"] == "mlp" and kept[7]["seconds"] == 120
+    assert "learning_rate" not in kept[7]["settings"] and str(tmp_path) not in lines
+    outputs = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for runs in ([str(run / "log.jsonl") for run in budget_runs], ["~/runs.jsonl"]):
+        analyze.main(["curves", *runs, f"--out_dir={tmp_path}/out"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "1e+12 FLOPs" in outputs[0]
+
+
+def test_a_closed_pipe_loses_nothing(tmp_path):
     pytest.importorskip("plotly")
-    traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in section.figures[0].data]
-    assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
-    beside = [1.02e12, 1.02e12, 2.04e12]        # points of the second variant, right of its line
-    assert ("sgatlin", "markers", beside, [3.1, 2.9, 2]) in traces
-    assert ("mlp", "lines", [1e12, 2e12], [3.45, 3.0]) in traces
-    assert ("mlp", "lines+markers", [80, 120], [1.725, 1.5]) in traces
+    run = run_log(tmp_path / "a", "mlp", (8, 5, 3))
+    command = [sys.executable, "analyze.py", "curves", str(run), f"--out_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()              # as `| head` does when it has its lines
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "curves.html").exists()
 
 
-@pytest.mark.parametrize("other, message", [
-    (dict(fingerprint="y"), "a and .*b are not comparable: data=x and y"),
-    (dict(eval_sequences=64), "a and .*b are not comparable: eval_sequences=128 and 64"),
-    (dict(weight_decay=1.0), "weight_decay=0.1 and 1.0"),
-    (dict(dtype="bfloat16"), "dtype=float32 and bfloat16"),
-    (dict(until=19), "b was last evaluated at step 19, and its budget is 20 steps"),
-    (dict(flops=0), r"b was not trained to a budget: python train.py --flops="),
-    ({}, "a and .*b are the same run, with seed=1337")])
-def test_isoflop_refuses_unlike_runs(other, message, tmp_path):
-    runs = [budget_run(tmp_path / "a", "mlp", (8, 5, 3)),
-            budget_run(tmp_path / "b", "mlp", (8, 5, 3), **other)]
-    with pytest.raises(SystemExit, match=message) as stop:
-        analyze.main(["isoflop", *map(str, runs), f"--out_dir={tmp_path}"])
-    assert stop.value.code.startswith("analyze.py: ") and "\n" not in stop.value.code
-    assert not (tmp_path / "isoflop.json").exists()
-
-
-@pytest.mark.parametrize("argv, message, code", [
-    (["neighbors", "--out_dir=nowhere"], "nowhere/ckpt.pt is missing", 1),
-    (["neighbors", "--prompt=" + "a" * 16], "--prompt has 16 tokens: give it 1 to 15", 1),
-    (["neighbors", "--prompt="], "has 0 tokens", 1),
-    (["explain", "--prompt="], "has 0 tokens", 1),
-    (["explain", "--prompt=FILE:none"], "No such file or directory: 'none'", 1),
-    (["explain", "--prompt=a", "--token=AB"], "--token='AB' is 2 tokens ('A' 'B'): give one", 1),
-    (["explain", "--prompt=a", "--against="], "--against='' is 0 tokens (): give one", 1),
-    (["neuron", "2", "0:0"], "LAYER=2: it goes from 0 to 1", 1),
-    (["neuron", "0", "1:0"], "CHANNEL=1: it goes from 0 to 0", 1),
-    (["neuron", "0", "0:16"], "NEURON=16: it goes from 0 to 15", 1),
-    (["neuron", "0", "7"], "'7' is not CHANNEL:NEURON, such as 3:141", 1),
-    (["usage", "--layer=2"], "--layer=2: it goes from 0 to 1", 1),
-    (["usage", "--channel=-1"], "--channel=-1: it goes from 0 to 0", 1),
-    (["patch"], "give one with --template", 1),
-    (["patch", "--template=abc"], "needs one {}", 1),
-    (["patch", "--template=q{}"], "has 0 facts with 5 occurrences", 1),
-    (["patch", "--template=.{}", "--facts=a:A,f"], "has 'f', which is not word:answer", 1),
-    (["patch", "--template=.{}", "--facts=a:A,f:FF"], "has 'FF', which is 2 tokens", 1),
-    (["patch", "--template=.{}", "--facts=a:A,f:A"], "has the answer of 'f:A' twice", 1),
-    (["patch", "--template=.{}", "--facts=a:A,f:F"], "has 2 facts, of 3 needed", 1),
-    (["report", "--template=.{}", "--facts=none"], "No such file or directory: 'none'", 1),
-    (["curves", "none"], "none/log.jsonl is missing", 1),
-    (["usage", "--promt=x"], "unrecognized", 2),
-    (["usage", "--windows=1"], "--windows: 1 must be 2 or more", 2),
-    (["dense"], "has ffn=mlp: only the gates of an sgatlin", 1),
-    (["moved"], "prepare that again", 1),
-    (["softmax"], "has softmax_gates or shared_pool: circuits are read from raw", 1),
-    (["mimic"], "has ffn=sgatlin, mimic needs an mlp: python train.py --ffn=mlp", 1)])
-def test_mistakes_get_one_line(planted, tmp_path, argv, message, code, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    changes = {"dense": {}, "moved": dict(data=dict(fingerprint="other")),
-               "softmax": dict(config=dict(softmax_gates=True, ffn="sgatlin"))}
-    if argv[0] in changes:
-        if argv[0] == "dense":
-            dense_run(tmp_path, planted)
-        else:
-            state = load_checkpoint(planted / "ckpt.pt")
-            for part, change in changes[argv[0]].items():
-                state[part] |= change
-            save_checkpoint(tmp_path / "ckpt.pt", state)
-        argv = ["usage", f"--out_dir={tmp_path}"]
-    elif "nowhere" not in argv[-1] and argv[0] != "curves":
-        argv = argv + [f"--out_dir={planted}"]
-    with pytest.raises(SystemExit) as stop:
-        analyze.main(argv)
-    text = stop.value.code if code == 1 else capsys.readouterr().err.strip()
-    assert text.startswith("analyze.py: ") and message in text and "\n" not in text
-    assert code == 1 or stop.value.code == 2
-    assert not Path("nowhere").exists()
+def test_old_logs_and_young_runs_have_dashes(tmp_path, capsys):
+    """Stopped before a step, or written by an old train.py."""
+    config = dict(event="config", config=dict(ffn="mlp", steps=5))
+    old = [config, dict(event="eval", step=5, val_loss=4.0)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, old)))
+    analyze.main(["curves", str(tmp_path), f"--out_dir={tmp_path}"])
+    out = capsys.readouterr().out
+    assert re.search(r"\* +mlp +1 +5 +- +- +4.000 ± \? +- ", out)
 
 
 if __name__ == "__main__":
