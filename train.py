@@ -172,13 +172,18 @@ def load_settings(given: dict, device: torch.device) -> tuple[TrainConfig, dict 
     return new_config(given, device), None
 
 
+def step_flops(model: GPT, cfg: TrainConfig) -> int:
+    """FLOPs of a training step, as the paper counts them: backward costs twice forward."""
+    return 3 * model.flops_per_sequence() * cfg.batch_size
+
+
 def steps_for(budget: float, cfg: TrainConfig) -> int:
     """How many steps a budget of FLOPs buys."""
     with torch.device("meta"):              # only its sizes count
-        step_flops = 3 * GPT(cfg).flops_per_sequence() * cfg.batch_size
-    if budget < step_flops:
-        raise SystemExit(f"train.py: --flops={budget:g} buys no step: one costs {step_flops:.3g}")
-    return int(budget // step_flops)
+        cost = step_flops(GPT(cfg), cfg)
+    if budget < cost:
+        raise SystemExit(f"train.py: --flops={budget:g} buys no step: one costs {cost:.3g}")
+    return int(budget // cost)
 
 
 def settings_of(ffn: str) -> set[str]:
@@ -543,6 +548,8 @@ def induction(model: GPT, autocast: contextlib.AbstractContextManager) -> float:
     word the last time, it expects again. The loss falls steeply when the first such head forms.
     """
     n = min(64, model.cfg.block_size // 2)
+    if n == 0:
+        return 0.0          # no room for a repeat
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.vocab_size, (8, n), generator=generator)
     tokens = torch.cat((tokens, tokens), dim=1).to(model.rope.device)      # (8, 2n)
@@ -680,9 +687,8 @@ def clock(seconds: float) -> str:
 
 def log_evaluation(result: dict, progress: dict, cfg: TrainConfig, model: GPT) -> None:
     step = progress["step"]
-    step_flops = 3 * model.flops_per_sequence() * cfg.batch_size
     append_log(cfg, event="eval", step=step, tokens=step * cfg.batch_size * cfg.block_size,
-               flops=step * step_flops, seconds=round(progress["seconds"], 3),
+               flops=step * step_flops(model, cfg), seconds=round(progress["seconds"], 3),
                train_loss=progress["loss"], **result)
     say(f"step {step:6}/{cfg.steps} | validation loss {result['val_loss']:.4f} | "
         f"{result['val_bits_per_byte']:.4f} bits per byte | induction {result['induction']:.2f}")
@@ -692,14 +698,13 @@ def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops:
              cfg: TrainConfig, model: GPT) -> None:
     """One line about the step that took `elapsed` seconds; MFU: the share of the peak FLOP/s."""
     step = progress["step"]
-    step_flops = 3 * model.flops_per_sequence() * cfg.batch_size
     tokens = cfg.batch_size * cfg.block_size
     eta = clock(elapsed * (cfg.steps - step))
     append_log(cfg, event="step", step=step, seconds=round(progress["seconds"], 3),
                loss=progress["loss"], lr=lr, norm=norm)
     say(f"step {step:6}/{cfg.steps} | loss {progress['loss']:.4f} | lr {lr:.2e} | "
         f"norm {norm:.3f} | {1e3 * elapsed:.0f} ms | {tokens / elapsed:,.0f} tok/s | "
-        f"mfu {step_flops / elapsed / peak_flops:.1%} | eta {eta}")
+        f"mfu {step_flops(model, cfg) / elapsed / peak_flops:.1%} | eta {eta}")
 
 
 def report(model: GPT, data: Data, cfg: TrainConfig, given: dict, device: torch.device,
@@ -707,7 +712,7 @@ def report(model: GPT, data: Data, cfg: TrainConfig, given: dict, device: torch.
     """Prints what is about to run."""
     total, active = model.num_params()
     tokens = cfg.batch_size * cfg.block_size
-    flops = 3 * model.flops_per_sequence() * cfg.batch_size
+    flops = step_flops(model, cfg)
     passes = cfg.steps * cfg.batch_size / data.n_windows()
     say(f"device   {describe_device(device)}, {str(choose_dtype(cfg, device))[6:]}")
     say(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
@@ -759,6 +764,8 @@ def set_up(given: dict, device: torch.device,
     if rank == 0:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()         # raises OSError if it is read-only
+    with torch.device("meta"):
+        GPT(cfg)            # sizes that do not fit together raise here, before data is prepared
     if saved is None and cfg.flops:
         cfg = dataclasses.replace(cfg, steps=steps_for(cfg.flops, cfg))
     data = open_data(cfg, saved, rank)
