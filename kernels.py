@@ -51,8 +51,8 @@ except Exception:       # none for Windows and macOS, or one that does not load:
 # and is summed in float32 at least. index is int32, in [0, R), which nothing checks.
 #
 # A custom_op is opaque to torch.compile: it learns the shapes of the results from the function
-# registered as fake, and the gradients from the one registered for autograd. That one reads
-# saved_tensors once, for activation checkpointing forbids a second time.
+# registered as fake, and the gradients from the one registered for autograd. A backward function
+# reads saved_tensors only once, because activation checkpointing forbids a second time.
 
 ByRow = tuple[Tensor, Tensor]       # what sort_by_row returns
 
@@ -129,7 +129,7 @@ def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")     # torch says once that such sparse tensors are in beta
+    warnings.simplefilter("ignore")     # made once for torch's one warning, that they are in beta
     torch.sparse_csr_tensor([0, 1], [0], [1.0], check_invariants=False)
 
 
@@ -142,7 +142,7 @@ def gather_dot_torch(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     weight = weight.to(wide)
     starts = torch.arange(0, N * J + 1, J, dtype=index.dtype, device=index.device)      # (N+1,)
     columns = index.flatten()
-    if x.device.type == "cpu" and len(weight) >= J:     # with more it raises RuntimeError
+    if x.device.type == "cpu" and len(weight) >= J:     # with fewer rows it raises
         wanted = torch.sparse_csr_tensor(starts, columns, x.new_ones(N * J), (N, len(weight)),
                                          check_invariants=False)    # a row may name one twice
         dots = torch.sparse.sampled_addmm(wanted, x, weight.T, beta=0).values()

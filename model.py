@@ -48,7 +48,7 @@ class Router(nn.Module):
 
     gates are the raw scores, signed and descending; ids are int32 in [0, E).
     dense      one query per token, shared by the channels: scores = keys @ (query @ x).
-    key        a query per token, channel and part; scores are scaled by 1 / sqrt(width).
+    key        a query per token, channel and part; scores are scaled by 1 / sqrt(parts * d_key).
     product_*  two parts, lists of n scores each; neuron a*n + b scores first[a] + second[b].
     product_dense is sgatlin's (its eq. 1), product_key is PEER's.
     Raises ValueError if product keys are asked for and n_experts is no square.
@@ -81,7 +81,8 @@ class Router(nn.Module):
         q = self.query(x)
         if self.shared_query:                                           # q (N, K)
             keys = self.keys.view(-1, K)                                # (C*parts*n, K)
-            # A GPU likes neighbouring tokens side by side in memory, a CPU those of a token.
+            # In memory a GPU wants a score of neighbouring tokens side by side, a CPU all scores of
+            # one token.
             scores = (keys @ q.T).T if x.is_cuda else F.linear(q, keys)
             return scores.view(-1, C, parts, n)
         q = q.view(-1, C, parts, K) * (parts * K) ** -0.5
@@ -120,6 +121,7 @@ class SparselyGatedLinear(nn.Module):
         self.combine = combine
         self.n_choices = n_channels * top_k             # neurons per token
         shape = (n_experts, d_model) if shared_pool else (n_channels, n_experts, d_model)
+        # Both with this variance, as in the paper's code.
         self.w_in = lecun_normal(*shape, fan_in=n_experts)
         self.w_out = lecun_normal(*shape, fan_in=n_experts)
 

@@ -9,8 +9,8 @@
     python sample.py --num_samples 3 --top_k 50 --seed 1
     python sample.py                                                # asks in a terminal
 
-A prompt is the start of a document, and an empty one stands for any. A sample ends at <|endoftext|>
-or after max_new_tokens. The tokenizer comes with the checkpoint.
+A prompt is the start of a document; an empty one starts any. A sample ends at <|endoftext|> or
+after max_new_tokens. The tokenizer comes with the checkpoint.
 """
 import argparse
 import codecs
@@ -35,10 +35,10 @@ def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens:
            **settings) -> Iterator[str]:
     """Yields the continuation of prompt, a string per token; settings go to GPT.generate.
 
-    A prompt may end within a token: "def " does, for a blank belongs to the token of the next word.
-    So the prompt's last token is chosen anew, among those that begin with it, and the first string
-    is what that adds. A string is empty while a token ends within a character; bytes that are no
-    UTF-8 become U+FFFD.
+    A prompt may end within a token: "def " does, since a space belongs to the token of the next
+    word. So the prompt's last token is chosen anew, among those that begin with it, and the first
+    string is what that adds. A string is empty while a token ends within a character; bytes that
+    are no UTF-8 become U+FFFD.
     """
     tokens = encode_prompt(encoding, prompt)
     last_bytes = b""                                        # of the prompt's last token
@@ -56,7 +56,7 @@ def stream(model: GPT, encoding: tiktoken.Encoding, prompt: str, max_new_tokens:
     yield decoder.decode(b"", final=True)
 
 
-# A terminal obeys control characters; their pictures it shows. Line ends and tabs stay.
+# A terminal obeys control characters, and only shows their pictures. Line ends and tabs stay.
 PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 

@@ -57,7 +57,16 @@ from torch.utils.benchmark import Timer
 
 import kernels
 import prepare_data
-from model import ACTIVATIONS, FFN, GPT, ROUTERS, GPTConfig, rotate, save_checkpoint
+from model import (
+    ACTIVATIONS,
+    FFN,
+    GPT,
+    ROUTERS,
+    GPTConfig,
+    SparselyGatedLinear,
+    rotate,
+    save_checkpoint,
+)
 from sample import plain_output, printable, stream
 
 
@@ -166,7 +175,10 @@ def load_settings(given: dict, device: torch.device) -> tuple[TrainConfig, dict 
             raise SystemExit(f"train.py: {path} is missing: without --resume a run begins")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return resumed_config(given, saved["config"]), saved
-    if not given.get("overwrite") and (path.exists() or (folder / "log.jsonl").exists()):
+    log = folder / "log.jsonl"
+    # A log without an evaluation is of a start that failed.
+    begun = path.exists() or (log.exists() and '"eval"' in log.read_text(errors="replace"))
+    if begun and not given.get("overwrite"):
         raise SystemExit(f"train.py: {folder} holds a run: --resume continues it, --overwrite "
                          "starts anew, --out_dir=... puts this one elsewhere")
     return new_config(given, device), None
@@ -343,8 +355,8 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets lr, times ffn_rate for the feedforward layers.
 
-    A neuron is chosen rarely, and AdamW makes a large step of a gradient that is rare, for it
-    divides by the root of the mean square. At a high rate such steps seem to disturb the rest.
+    A neuron is chosen rarely, and AdamW takes a large step on a rare gradient, since it divides by
+    the root of the mean square. At a high rate such steps seem to disturb the rest.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate"]
@@ -460,7 +472,7 @@ def shard(model: GPT, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within it Ctrl-C, SIGTERM and a closed terminal stop nothing: they are added to the list."""
+    """Within it Ctrl-C, SIGTERM and a closed terminal are recorded in the list and stop nothing."""
     received = []
     before = {}
 
@@ -482,7 +494,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def say(text: str) -> None:
-    """Prints, if anybody listens: a pipe or a terminal that closes does not end a training."""
+    """Prints if standard output is still open: one that closes does not end a training."""
     try:
         print(printable(text), flush=True)
     except OSError:
@@ -508,7 +520,7 @@ def count_choices(model: GPT) -> Iterator[list[Tensor]]:
     counts = []
     handles = []
     for block in model.blocks:
-        if not hasattr(block.ffn, "router"):
+        if not isinstance(block.ffn, SparselyGatedLinear):
             continue
         count = torch.zeros(model.cfg.n_channels, model.cfg.n_experts, dtype=torch.float64,
                             device=model.rope.device)
@@ -742,7 +754,7 @@ def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float, rank: in
     analysis = shlex.join(["python", "analyze.py", "curves", cfg.out_dir])
     if cfg.ffn == "sgatlin" and not cfg.softmax_gates and not cfg.shared_pool:
         analysis = shlex.join(["python", "analyze.py", "report", *where])   # it has circuits
-    say(f"next:  {shlex.join(['python', 'sample.py', *where, '--prompt', 'def '])}\n"
+    say(f"next:  {shlex.join(['python', 'sample.py', *where])}\n"
         f"       {analysis}\n"
         f"       {resume_command(cfg, f'--steps={2 * cfg.steps}')}")
 
@@ -754,6 +766,8 @@ def choose_device(given: dict) -> str:
     wanted = given.get("device", "auto")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("train.py: --device=cuda: this torch sees no GPU")
     return wanted
 
 
@@ -771,6 +785,9 @@ def set_up(given: dict, device: torch.device,
     data = open_data(cfg, saved, rank)
     if saved is None and "vocab_size" not in given:
         cfg = dataclasses.replace(cfg, vocab_size=data.meta["vocab_size"])
+    if cfg.vocab_size < data.meta["vocab_size"]:
+        raise SystemExit(f"train.py: --vocab_size={cfg.vocab_size} is less than the "
+                         f"{data.meta['vocab_size']} of {cfg.data_dir}")
     return cfg, saved, data
 
 
@@ -833,10 +850,10 @@ def main(argv: list[str] | None = None) -> None:
             start_log(cfg, data, saved, device, world)
         # seconds are those of the steps alone; loss is that of the last step
         progress = dict(step=0, seconds=0.0, loss=None)
-        evaluated = None
+        resumed_at = None
         if saved:
             progress = {name: saved[name] for name in progress}
-            evaluated = saved["step"]           # the log has that evaluation
+            resumed_at = saved["step"]          # where nothing is to be evaluated again
         saved = None        # its tensors would stay in memory
 
         step = progress["step"]
@@ -845,7 +862,7 @@ def main(argv: list[str] | None = None) -> None:
             stop = False
             while True:
                 # Evaluate when it is due, and save then and before a stop.
-                due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != evaluated
+                due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != resumed_at
                 if due:
                     result = evaluate(model, data, cfg, autocast, rank, world)
                     require_finite(step, cfg, rank, validation_loss=result["val_loss"])
@@ -864,6 +881,7 @@ def main(argv: list[str] | None = None) -> None:
                     wrapped.require_backward_grad_sync = i == len(batch) - 1
                     with autocast:
                         _, part = wrapped(x, y)
+                    # The share of this process's sequences: DDP averages over processes.
                     part = part * (len(x) * world / cfg.batch_size)
                     part.backward()
                     loss += part.detach()
