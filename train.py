@@ -824,7 +824,7 @@ def load_batch(data: Data, step: int, cfg: TrainConfig, rank: int, world: int,
 
 def read_numbers(loss: Tensor, norm: Tensor, stop: bool, world: int) -> tuple[float, float, bool]:
     """The loss of all processes, the norm, and whether any has to stop: the step's one wait."""
-    summed = sum_over_processes(torch.stack((loss / world, loss.new_tensor(float(stop)))))
+    summed = sum_over_processes(torch.stack((loss / world, torch.full_like(loss, float(stop)))))
     loss, stops, norm = torch.cat((summed, norm[None])).tolist()
     return loss, norm, stops > 0
 
