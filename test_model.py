@@ -1066,8 +1066,8 @@ def test_formats(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "plain\r\ntext é".encode())
     (tmp_path / "b.MD").write_text(f"# mark\n {EOT}\nsecond\n{EOT}\n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"zipped\r\n"))
-    with gzip.open(tmp_path / "e.jsonl.gz", "wt") as file:
-        file.write('{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n')
+    lines = '{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n'
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     python = "# coding: latin-1\n'é'\n"
     (tmp_path / "f.py").write_bytes(python.encode("latin-1"))
     (tmp_path / "g.py").write_bytes(b"# coding: nonsense\n")
@@ -2349,19 +2349,18 @@ def test_mimic(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, GPT(GPTConfig(**PLANTED, ffn="mlp")), "some text " * 8, "more text " * 8)
     run = analyze.Run(tmp_path, ffn="mlp")
     windows = run.validation()
-    inputs = analyze.layer_inputs(run, 1, windows)
+    ffn = run.model.blocks[1].ffn
     seen = []
-    with run.model.blocks[1].ffn.register_forward_hook(lambda _, x, y: seen.append(y)):
+    with ffn.register_forward_hook(lambda _, x, y: seen.append(y)):
         run.model(windows)
-    torch.testing.assert_close(analyze.outputs(run.model.blocks[1].ffn, inputs),
-                               seen[0].flatten(0, 1))
+    inputs = analyze.layer_inputs(run, 1, windows)
+    torch.testing.assert_close(analyze.outputs(ffn, inputs), seen[0].flatten(0, 1))
     monkeypatch.setattr(analyze, "ACTIVE", (8,))
-    for _ in range(2):
-        analyze.main(["mimic", f"--out_dir={tmp_path}", "--steps=3", "--device=cpu"])
-    first, second = capsys.readouterr().out.split("Variance")[1:]
-    assert first.strip() == second.strip() and "of layer 1" in first
+    analyze.main(["mimic", f"--out_dir={tmp_path}", "--steps=3", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert "of layer 1" in out
     for kind in ("real", "Gaussian"):
-        assert re.search(rf"{kind} +8 +\d\.\d+ +\d\.\d+ +\d\.\d+", first)
+        assert re.search(rf"{kind} +8 +\d\.\d+ +\d\.\d+ +\d\.\d+", out)
 
 
 def test_addition_is_that_of_integers():
