@@ -98,8 +98,8 @@ def jackknife(values: np.ndarray, belongs: np.ndarray) -> str:
     if units == 0 or belongs.all(axis=1).any():         # without that unit nothing is left
         return "-"
     means = np.array([values[~part].mean() for part in belongs])
-    squares = np.square(means - means.mean()).sum()
-    return interval(values.mean(), 1.96 * math.sqrt((units - 1) / units * squares))
+    variance = (units - 1) * means.var()
+    return interval(values.mean(), 1.96 * math.sqrt(variance))
 
 
 def progress(text: str) -> None:
@@ -198,13 +198,14 @@ def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
 CONTEXT = 8         # tokens, up to the one in question: equal contexts have equal circuits
 
 
-def contexts_of(tokens: np.ndarray) -> Tensor:
-    """(W, T) -> (N,) int64, a hash of the last CONTEXT tokens, or of those that the window has."""
-    shifted = tokens.astype(np.uint64) + np.uint64(1)       # 0 stands for what is before the window
-    padded = np.pad(shifted, ((0, 0), (CONTEXT - 1, 0)))
-    factors = np.random.default_rng(0).integers(2**64, size=CONTEXT, dtype=np.uint64)
-    last = np.lib.stride_tricks.sliding_window_view(padded, CONTEXT, axis=1)    # (W, T, CONTEXT)
-    return torch.from_numpy((last * factors).sum(-1).astype(np.int64).ravel())
+def contexts_of(tokens: Tensor) -> Tensor:
+    """(W, T) int64 -> (N,), a hash of the last CONTEXT tokens, or of those that the window has."""
+    T = tokens.shape[1]
+    contexts = torch.zeros_like(tokens)
+    for back in range(CONTEXT):
+        before = F.pad(tokens + 1, (back, 0))[:, :T]        # 0: before the window
+        contexts = contexts * 6364136223846793005 + before  # overflows as it should
+    return contexts.flatten()
 
 
 @torch.inference_mode()
@@ -235,9 +236,9 @@ def record(model: GPT, windows: Tensor) -> Recording:
             logits = model(part.to(weight.device))[0].flatten(0, 1)     # (N', V)
         values, best = logits.topk(5)
         top[here] = best.cpu()
-        p[here] = (values - logits.logsumexp(1, keepdim=True)).exp().float().cpu()
-    tokens = windows.numpy()
-    return Recording(tokens, contexts_of(tokens), gates, rows, products, top, p,
+        log_p = values - logits.logsumexp(1, keepdim=True)
+        p[here] = log_p.exp().float().cpu()
+    return Recording(windows.numpy(), contexts_of(windows), gates, rows, products, top, p,
                      weight.detach().cpu(), cfg.n_channels * cfg.n_experts)
 
 
@@ -260,13 +261,11 @@ class Run:
         self.encoding = self.data.encoding
         if self.data.meta["fingerprint"] != state["data"]["fingerprint"]:
             raise SystemExit(f"analyze.py: {folder} is not what {self.path} was trained on: give "
-                             "that with --data_dir, or prepare it again")
+                             "that with --data_dir")
         if cfg.ffn != ffn:
-            raise SystemExit(f"analyze.py: {self.path} has ffn={cfg.ffn}: this study is of "
-                             f"ffn={ffn}")
+            raise SystemExit(f"analyze.py: {self.path} has ffn={cfg.ffn}, not {ffn}")
         if ffn == "sgatlin" and (cfg.softmax_gates or cfg.shared_pool):
-            raise SystemExit(f"analyze.py: {self.path} has softmax_gates or shared_pool: circuits "
-                             "are read from raw gates and one pool per channel")
+            raise SystemExit(f"analyze.py: {self.path} has softmax_gates or shared_pool")
 
     def validation(self) -> Tensor:
         """The windows to look at (W, T), evenly spaced."""
@@ -282,15 +281,15 @@ class Run:
         """The control: the same windows through the model as it was before its first step."""
         progress(f"record an untrained model on {self.n_windows} windows")
         torch.manual_seed(self.seed)
-        return record(GPT(self.cfg).to(self.device).eval(), self.validation())
+        model = GPT(self.cfg).to(self.device).eval()
+        return record(model, self.validation())
 
     def layer(self, given: int | None) -> int:
         """--layer, or the last but one."""
         if given is None:
             return max(self.cfg.n_layer - 2, 0)
         if not 0 <= given < self.cfg.n_layer:
-            raise SystemExit(f"analyze.py: layer {given}: they go from 0 to "
-                             f"{self.cfg.n_layer - 1}")
+            raise SystemExit(f"analyze.py: layer {given}, of {self.cfg.n_layer} from 0")
         return given
 
     def text(self, tokens) -> str:
@@ -309,13 +308,18 @@ class Run:
         w, t = divmod(place, tokens.shape[1])
         before = tokens[w, max(t - CONTEXT + 1, 0):t]
         after = tokens[w, t + 1:t + 5]
-        return [self.text(before), self.text([tokens[w, t]]), self.text(after)]
+        return [self.text(part) for part in (before, tokens[w, t:t + 1], after)]
 
     def predictions(self, recording: Recording, place: int) -> str:
         """The three likeliest next tokens and their probabilities."""
         tokens = recording.top[place, :3].tolist()
         p = recording.p[place, :3].tolist()
         return "  ".join(f"{self.name(token)} {q:.2f}" for token, q in zip(tokens, p))
+
+    def shown(self, recording: Recording, place: int) -> list[str]:
+        """A token as it stands in tables: its excerpt, and what the model expects next."""
+        excerpt = self.excerpt(recording.tokens, place)
+        return [*excerpt, self.predictions(recording, place)]
 
     def prompt(self, text: str | None) -> list[int]:
         """<|endoftext|> and the tokens of a text; without one, of the beginning of a validation
@@ -331,13 +335,12 @@ class Run:
             return [self.encoding.eot_token, *passage.tolist()]
         tokens = encode_prompt(self.encoding, text)
         if len(tokens) > T:
-            raise SystemExit(f"analyze.py: the prompt has {len(tokens)} tokens, with the one for "
-                             f"its start, and the model takes {T}")
+            raise SystemExit(f"analyze.py: the prompt has {len(tokens)} tokens, of {T} at most")
         return tokens
 
 
-def run_of(args: argparse.Namespace) -> Run:
-    return Run(args.out_dir, args.device, getattr(args, "windows", 128), args.data_dir)
+def run_of(args: argparse.Namespace, ffn: str = "sgatlin") -> Run:
+    return Run(args.out_dir, args.device, getattr(args, "windows", 128), args.data_dir, ffn)
 
 
 def similarities(queries: Circuits, circuits: Circuits) -> Iterator[Tensor]:
@@ -345,8 +348,10 @@ def similarities(queries: Circuits, circuits: Circuits) -> Iterator[Tensor]:
 
     The queries are made dense, as a table whose rows gather_sum adds up for every circuit.
     """
-    for values, rows in zip(queries.values.split(128), queries.rows.split(128)):
-        dense = torch.zeros(len(values), circuits.size).scatter_(1, rows.long(), values)
+    for start in range(0, len(queries.values), 128):
+        part = queries.at(slice(start, start + 128))
+        dense = torch.zeros(len(part.values), circuits.size)
+        dense.scatter_(1, part.rows.long(), part.values)
         yield kernels.gather_sum(circuits.values, dense.T.contiguous(), circuits.rows)
 
 
@@ -397,10 +402,9 @@ def show_neighbors(args: argparse.Namespace) -> None:
     places = list(range(1, source.tokens.size))
     rows = []
     for place, near in zip(places, nearest_circuits(run, source, places, layer)):
-        rows.append([place, "", *run.excerpt(source.tokens, place), run.predictions(source, place)])
+        rows.append([place, "", *run.shown(source, place)])
         for other, similarity in near:
-            rows.append(["", 1 - similarity, *run.excerpt(run.trained.tokens, other),
-                         run.predictions(run.trained, other)])
+            rows.append(["", 1 - similarity, *run.shown(run.trained, other)])
     show(f"Every token, and the {NEIGHBORS} whose circuits in layer {layer} are nearest, by cosine "
          f"distance; none in a context that repeats over {CONTEXT} tokens",
          ["", "distance", "before", "token", "after", "next"], rows)
@@ -422,7 +426,8 @@ def context_classes(run: Run, n_tokens: int = 1000, n_classes: int = 12) -> Clas
     4 million tokens of training. No model takes part.
     """
     from sklearn.cluster import KMeans
-    text = np.asarray(run.data.tokens("train")[:2**22]).astype(np.int64)
+    text = run.data.tokens("train")[:2**22]
+    text = np.asarray(text, dtype=np.int64)
     often = np.argsort(-np.bincount(text), kind="stable")[:n_tokens]
     side = len(often) + 1
     place = np.full(run.cfg.vocab_size, len(often))     # of a token in often; the last is for rare
@@ -431,11 +436,13 @@ def context_classes(run: Run, n_tokens: int = 1000, n_classes: int = 12) -> Clas
     counts = np.bincount(pairs, minlength=side**2).reshape(side, side)
     after = counts / counts.sum(1, keepdims=True).clip(1)
     before = counts.T / counts.T.sum(1, keepdims=True).clip(1)
-    x = np.sqrt(np.concatenate([after, before], axis=1)[:-1])           # (n_tokens, 2 * side)
+    x = np.concatenate([after, before], axis=1)
+    x = np.sqrt(x[:-1])                                                 # (n_tokens, 2 * side)
     label = KMeans(n_classes, init=x[:n_classes], n_init=1).fit_predict(x)
     names = []
     for c in range(n_classes):
-        names.append(" ".join(run.name(token) for token in often[label == c][:4]))
+        members = often[label == c]
+        names.append(" ".join(map(run.name, members[:4])))
     return Classes(np.append(label, n_classes)[place], [*names, "rare tokens"])
 
 
@@ -462,13 +469,14 @@ def chance_shares(recording: Recording, queries: np.ndarray, label: np.ndarray) 
     return np.array(shares)
 
 
-def meaning(run: Run, layer: int, label: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def meaning(run: Run, layer: int, label: np.ndarray) -> tuple[np.ndarray, dict]:
     """Places (Q,) of random tokens, and the shares (Q,) of their classes: by the trained circuits,
     by the untrained, by the trained ones dealt out to tokens at random, and by chance."""
     trained = run.trained
+    size = trained.tokens.size
     rng = np.random.default_rng(0)
-    queries = rng.choice(trained.tokens.size, min(1000, trained.tokens.size), replace=False)
-    shuffle = rng.permutation(trained.tokens.size)
+    queries = rng.choice(size, min(1000, size), replace=False)
+    shuffle = rng.permutation(size)
     circuits = trained.circuits(layer)
     untrained = run.untrained.circuits(layer)
     progress(f"find the neighbours of {len(queries)} tokens in layer {layer}")
@@ -486,13 +494,20 @@ def show_classes(args: argparse.Namespace) -> None:
     tokens = run.trained.tokens
     label = classes.of_token[tokens.ravel()]
     queries, shares = meaning(run, layer, label)
-    of_window = queries // tokens.shape[1] == np.arange(len(tokens))[:, None]   # (W, Q)
+    windows = np.arange(len(tokens))[:, None]
+    of_window = queries // tokens.shape[1] == windows                           # (W, Q)
+    rows = []
+
+    def add_row(name: str, chosen: np.ndarray) -> None:
+        row = [name, int(chosen.sum())]
+        for values in shares.values():
+            row.append(jackknife(values[chosen], of_window[:, chosen]))
+        rows.append(row)
+
+    add_row("all", np.full(len(queries), True))
     of_query = label[queries]
-    rows = [["all", len(queries), *(jackknife(values, of_window) for values in shares.values())]]
-    for c, count in Counter(of_query.tolist()).most_common():
-        chosen = of_query == c
-        row = [jackknife(values[chosen], of_window[:, chosen]) for values in shares.values()]
-        rows.append([classes.names[c], count, *row])
+    for c, _ in Counter(of_query.tolist()).most_common():
+        add_row(classes.names[c], of_query == c)
     show(f"Of random tokens, the share of their own class in the {NEIGHBORS} nearest circuits of "
          f"other tokens, layer {layer}; intervals of 95 %, over windows",
          ["class", "tokens", *shares], rows)
@@ -506,7 +521,9 @@ def show_classes(args: argparse.Namespace) -> None:
 
 def coactivation(ids: Tensor, size: int) -> Tensor:
     """P(j | i) (size, size): of the tokens that use neuron i the share that use j; ids (N, k)."""
-    i, j = torch.broadcast_tensors(ids.long()[:, :, None], ids.long()[:, None, :])
+    ids = ids.long()
+    i = ids[:, :, None]
+    j = ids[:, None, :]
     pairs = (i * size + j)[(i < size) & (j < size)]
     counts = pairs.bincount(minlength=size**2).view(size, size).double()
     return counts / counts.diagonal().clamp(min=1)[:, None]
@@ -535,8 +552,8 @@ def gram_cka(K: Tensor, L: Tensor) -> float:
 
     K = centred(K)
     L = centred(L)
-    squares = (K * K).sum() * (L * L).sum()
-    return ((K * L).sum() / squares.clamp(min=1e-12).sqrt()).item()
+    lengths = K.norm() * L.norm()
+    return ((K * L).sum() / lengths.clamp(min=1e-6)).item()
 
 
 def alignment(run: Run) -> dict[str, float]:
@@ -551,8 +568,8 @@ def alignment(run: Run) -> dict[str, float]:
                                     ("untrained", run.untrained, often),
                                     ("shuffled", run.trained, shuffled)):
         x = recording.embedding[tokens[often]]                                  # (M, D)
-        circuits = Circuits(recording.gates[0], recording.rows[0], recording.size).at(places)
-        result[name] = gram_cka(x @ x.T, gram(circuits))
+        circuits = Circuits(recording.gates[0], recording.rows[0], recording.size)
+        result[name] = gram_cka(x @ x.T, gram(circuits.at(places)))
     return result
 
 
@@ -562,10 +579,12 @@ def draw_coactivation(run: Run, layer: int, channel: int, path: Path) -> None:
     k = run.cfg.top_k
     n = math.isqrt(E)
     size = min(E, 512 // n * n)         # whole rows of sub-keys
-    ids = run.trained.rows[layer, :, channel * k:(channel + 1) * k] - channel * E
+    rows = run.trained.rows[layer]                                              # (N, J)
+    ids = rows[:, channel * k:(channel + 1) * k] % E
     P = coactivation(ids, size).fill_diagonal_(0)
+    thousandths = P.mul(1000).round().int()
     figure = go.Figure(layout=dict(height=820))
-    figure.add_heatmap(z=P.mul(1000).round().int().tolist(), zmin=0, zmax=100, colorscale="Viridis")
+    figure.add_heatmap(z=thousandths.tolist(), zmin=0, zmax=100, colorscale="Viridis")
     figure.update_xaxes(title="j", dtick=n, constrain="domain")
     figure.update_yaxes(title="i", dtick=n, autorange="reversed", scaleanchor="x")
     write_charts(path, f"P(j | i) in thousandths: layer {layer}, channel {channel}", [figure])
@@ -585,7 +604,8 @@ def show_usage(args: argparse.Namespace) -> None:
         used, gini = usage(counts.view(cfg.n_channels, -1))                     # (C, E)
         rows.append([of_layer, used, gini])
         for name, recording in (("trained", run.trained), ("untrained", run.untrained)):
-            ids = recording.rows[of_layer].view(-1, cfg.n_channels, cfg.top_k) % cfg.n_experts
+            ids = recording.rows[of_layer] % cfg.n_experts
+            ids = ids.view(-1, cfg.n_channels, cfg.top_k)
             together.append([of_layer, name, *shared_subkeys(ids, n)])
     if has_plotly():
         draw_coactivation(run, layer, args.channel, path)
@@ -615,8 +635,7 @@ class Template:
     def __init__(self, run: Run, text: str):
         before, slot, after = text.partition("{}")
         if not slot or "{}" in after:
-            raise SystemExit(f"analyze.py: --template={text!r} needs one {{}}, for the word that "
-                             "differs")
+            raise SystemExit(f"analyze.py: --template={text!r} needs one {{}}")
         self.text = text
         self.prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
         self.suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
@@ -678,10 +697,9 @@ def given_facts(run: Run, template: Template, given: str) -> list[Fact]:
     facts = []
     for entry in re.split(r"[,\n]+", given.strip()):
         word, _, answer = entry.partition(":")
-        tokens = []
-        for spelt in (template.word_blank + word.strip(), template.answer_blank + answer.strip()):
-            tokens.append(one_token(run, "--facts", spelt))
-        facts.append(tuple(tokens))
+        word = one_token(run, "--facts", template.word_blank + word.strip())
+        answer = one_token(run, "--facts", template.answer_blank + answer.strip())
+        facts.append((word, answer))
     return facts
 
 
@@ -692,8 +710,7 @@ def one_token(run: Run, option: str, text: str | None) -> int | None:
     ids = run.encoding.encode_ordinary(text)
     if len(ids) != 1:
         pieces = " ".join(repr(run.encoding.decode([token])) for token in ids)
-        raise SystemExit(f"analyze.py: {option} has {text!r}, which is {len(ids)} tokens "
-                         f"({pieces}): give one")
+        raise SystemExit(f"analyze.py: {option}: {text!r} is {len(ids)} tokens ({pieces})")
     return ids[0]
 
 
@@ -735,7 +752,8 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, T
     {(position, layers): two effects (F, F)}, [a, b] of the gates of b in prompt a, and of every
     third prompt's.
     """
-    prompts = torch.tensor([template.prompt(run, word) for word, _ in facts], device=run.device)
+    prompts = [template.prompt(run, word) for word, _ in facts]
+    prompts = torch.tensor(prompts, device=run.device)
     answers = torch.tensor([answer for _, answer in facts])
     gates = {}
 
@@ -749,9 +767,10 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, T
     number = len(facts)
     progress(f"patch {number * (number - 1)} ordered pairs of {number} facts")
     every = tuple(range(run.cfg.n_layer))
+    choices = [every, *((layer,) for layer in every)]
     positions = range(len(template.prefix) + 1, prompts.shape[1])
     effects = {}
-    for position, layers in itertools.product(positions, [every, *((layer,) for layer in every)]):
+    for position, layers in itertools.product(positions, choices):
         theirs = torch.zeros(number, number)
         third = torch.zeros(number, number)
         for source in range(number):
@@ -768,17 +787,18 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, T
 
 def show_patch(args: argparse.Namespace) -> None:
     run = run_of(args)
-    text = args.template or TEMPLATES.get(run.data.meta["source"].split()[0])
+    source = run.data.meta["source"]
+    text = args.template or TEMPLATES.get(source.split()[0])
     if not text:
-        raise SystemExit(f"analyze.py: there is no template for data from "
-                         f"{run.data.meta['source']}: give one with --template")
+        raise SystemExit(f"analyze.py: data from {source} needs a --template")
     template = Template(run, text)
-    facts = find_facts(run, template)
     if args.facts:
         facts = given_facts(run, template, args.facts)
+    else:
+        facts = find_facts(run, template)
     if len(facts) < 3:
-        raise SystemExit(f"analyze.py: {len(facts)} facts, of 3 needed: two to patch, and one as a "
-                         "control; try another --template, or give --facts")
+        raise SystemExit(f"analyze.py: {len(facts)} facts, of 3 needed: try another --template, or "
+                         "give --facts")
     logits, known, effects = patching(run, template, facts)
     a, b = known.nonzero(as_tuple=True)
     fact_numbers = torch.arange(len(facts))[:, None]
@@ -788,22 +808,21 @@ def show_patch(args: argparse.Namespace) -> None:
         at = run.name(template.prompt(run, facts[0][0])[position])
         if position == len(template.prefix) + 1:
             at = "{}"
-        which = "all" if len(layers) == run.cfg.n_layer else str(layers[0])
-        row = []
+        row = [at, "all" if len(layers) == run.cfg.n_layer else str(layers[0])]
         for effect in (theirs, third, theirs - third):
             row.append(jackknife(effect[known].double().numpy(), of_fact))
-        rows.append([at, which, *row])
-    fact_rows = []
-    for (word, answer), p in zip(facts, logits.softmax(1)):
-        best = int(p.argmax())
-        fact_rows.append([f"{run.name(word)} → {run.name(answer)}", p[answer].item(),
-                          run.name(best), p[best].item()])
+        rows.append(row)
     show(f"{text!r} with the gates of another prompt at a position: 0 where they change nothing, 1 "
          "where they do all that the other prompt does; 95 % intervals, over facts",
          ["position", "layers", "effect", "third prompt", "difference"], rows)
     print(f"\nMeans over the {len(a)} of {len(facts) * (len(facts) - 1)} ordered pairs whose "
           "prompts both prefer their own answer. Control: the gates of every third prompt.")
-    show("Facts", ["fact", "p(answer)", "first choice", "p"], fact_rows)
+    rows = []
+    for (word, answer), p in zip(facts, logits.softmax(1)):
+        best = int(p.argmax())
+        rows.append([f"{run.name(word)} → {run.name(answer)}", p[answer].item(), run.name(best),
+                     p[best].item()])
+    show("Facts", ["fact", "p(answer)", "first choice", "p"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -829,13 +848,19 @@ def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[Words]]:
         w_out = w_out * model.norm.scale
     writes = w_out @ embeddings.T                                       # (n, V)
     writes -= writes.mean(dim=1, keepdim=True)
-    reads = block.ffn.w_in.flatten(0, 1)[rows] @ block.ffn_norm(embeddings).T
+    w_in = block.ffn.w_in.flatten(0, 1)[rows]
+    reads = w_in @ block.ffn_norm(embeddings).T
     words = [[] for _ in rows]
     for values, keys in ((writes, writes), (writes, -writes), (reads, reads.abs())):
         best = keys.topk(CARD_ITEMS).indices                            # (n, CARD_ITEMS)
-        for n, tokens in enumerate(best.tolist()):
-            words[n].append([(token, round(values[n, token].item(), 3)) for token in tokens])
+        best_values = values.gather(1, best)
+        for of_neuron, tokens, numbers in zip(words, best.tolist(), best_values.tolist()):
+            of_neuron.append(list(zip(tokens, rounded(numbers))))
     return words
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[dict]:
@@ -853,12 +878,15 @@ def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[dict]:
         products = recording.products[layer].flatten()[pairs]
         excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
-            excerpts.setdefault(contexts[places[i]], (round(products[i].item(), 3), places[i]))
+            place = places[i]
+            product = round(products[i].item(), 3)
+            excerpts.setdefault(contexts[place], (product, place))
             if len(excerpts) == CARD_ITEMS:
                 break
         promotes, suppresses, reads = words
-        cards.append(dict(use=len(places) / recording.tokens.size, excerpts=list(excerpts.values()),
-                          promotes=promotes, suppresses=suppresses, reads=reads))
+        use = len(places) / recording.tokens.size
+        cards.append(dict(use=use, excerpts=list(excerpts.values()), promotes=promotes,
+                          suppresses=suppresses, reads=reads))
     return cards
 
 
@@ -867,13 +895,12 @@ def show_neuron(args: argparse.Namespace) -> None:
     layer = run.layer(args.layer)
     channel, neuron = args.neuron
     if not (0 <= channel < run.cfg.n_channels and 0 <= neuron < run.cfg.n_experts):
-        raise SystemExit(f"analyze.py: neuron {channel}:{neuron}: there are {run.cfg.n_channels} "
-                         f"channels of {run.cfg.n_experts} neurons, counted from 0")
+        raise SystemExit(f"analyze.py: neuron {channel}:{neuron}, of {run.cfg.n_channels} channels "
+                         f"of {run.cfg.n_experts}, from 0")
     [card] = neuron_cards(run, layer, [channel * run.cfg.n_experts + neuron])
     excerpts = []
     for product, place in card["excerpts"]:
-        excerpts.append([product, *run.excerpt(run.trained.tokens, place),
-                         run.predictions(run.trained, place)])
+        excerpts.append([product, *run.shown(run.trained, place)])
     words = []
     for pairs in zip(card["promotes"], card["suppresses"], card["reads"]):
         row = []
@@ -1033,8 +1060,8 @@ def controls(run: Run, windows: Tensor, count: int) -> dict[str, list[tuple[floa
 def show_explain(args: argparse.Namespace) -> None:
     run = run_of(args)
     if run.cfg.activation != "identity":
-        raise SystemExit(f"analyze.py: {run.path} has activation={run.cfg.activation}: shares add "
-                         "up only where neurons are linear")
+        raise SystemExit(f"analyze.py: {run.path} has activation={run.cfg.activation}, and shares "
+                         "add up only for identity")
     tokens = run.prompt(args.prompt)
     target = one_token(run, "--token", args.token)
     against = one_token(run, "--against", args.against)
@@ -1246,7 +1273,8 @@ def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
         jobs = []
         for kind, m, name in itertools.product(inputs, ACTIVE, STUDENTS):
             jobs.append((file, kind, m, name, steps, run.device))
-        for (_, kind, m, name, *_), left in zip(jobs, parallel(imitate, jobs, run.device)):
+        for job, left in zip(jobs, parallel(imitate, jobs, run.device)):
+            _, kind, m, name, *_ = job
             results[kind, m, name] = left
             progress(f"{len(results)}/{len(jobs)} {kind} inputs, {m} active neurons, {name}: "
                      f"{left:.4f} of the variance unexplained")
@@ -1254,7 +1282,7 @@ def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
 
 
 def show_mimic(args: argparse.Namespace) -> None:
-    run = Run(args.out_dir, args.device, args.windows, args.data_dir, ffn="mlp")
+    run = run_of(args, ffn="mlp")
     layer = run.cfg.n_layer // 2
     if args.layer is not None:
         layer = run.layer(args.layer)
@@ -1263,11 +1291,11 @@ def show_mimic(args: argparse.Namespace) -> None:
     for kind, m in itertools.product(("real", "Gaussian"), ACTIVE):
         rows.append([kind, m, *(results[kind, m, name] for name in STUDENTS)])
     show(f"Variance that students of m active neurons leave unexplained of the outputs of layer "
-         f"{layer}, on inputs held out, after {args.steps} steps (dense ones {LONGER} times as "
-         "many)", ["inputs", "m", *STUDENTS], rows)
+         f"{layer}, on inputs held out, after {args.steps} steps (dense: {LONGER} times as many)",
+         ["inputs", "m", *STUDENTS], rows)
     print("\nWhere sparse students leave less than dense ones on real inputs, and not on Gaussian "
           "ones, the layer is a sparse mixture because of its inputs. But m dense neurons write "
-          "into m dimensions at most: for small m this alone puts sparse students ahead.")
+          "into m dimensions at most.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1361,12 +1389,12 @@ def redistribute(steps: int, device: str) -> dict[tuple[str, bool], list[Learned
     for norm, name, seed in itertools.product((False, True), VARIANTS, SEEDS):
         jobs.append((name, norm, seed, steps, device))
     results = defaultdict(list)
-    for number, (job, found) in enumerate(zip(jobs, parallel(learn_addition, jobs, device)), 1):
+    trained = zip(jobs, parallel(learn_addition, jobs, device))
+    for number, (job, found) in enumerate(trained, 1):
         name, norm, seed, *_ = job
         results[name, norm].append(found)
-        progress(f"{number}/{len(jobs)} {name}, {'norm' if norm else 'no norm'}, seed {seed}: "
-                 f"{found.steps} steps, accuracy {found.whole:.3f}, without FFN "
-                 f"{found.no_ffn:.3f}")
+        progress(f"{number}/{len(jobs)} {name}, norm={norm}, seed {seed}: {found.steps} steps, "
+                 f"accuracy {found.whole:.3f}, without FFN {found.no_ffn:.3f}")
     return results
 
 
@@ -1394,6 +1422,7 @@ def show_redistribute(args: argparse.Namespace) -> None:
 # Figures 1 and 3) And keep: what is left of runs when their folders are gone.
 
 # Settings that leave the result as it is, and those that have a column of their own.
+DEFAULTS = vars(TrainConfig())
 PLACES = {"data_dir", "out_dir", "resume", "overwrite"}
 NO_RESULT = PLACES | {"scale", "steps", "flops", "seed", "micro_batch_size", "eval_interval",
                       "log_interval", "device", "compile", "shard"}
@@ -1405,10 +1434,9 @@ def read_runs(path: Path) -> list[dict]:
 
     A run is a dict: run (its name), settings (all of train.py's), data, evals, seconds (of all
     steps, at the pace of the median one: it may have slept, or shared a processor), machine,
-    versions, commit. Values that an old log lacks are None.
+    versions, commit.
     """
     file = path / "log.jsonl" if path.is_dir() else path
-    defaults = vars(TrainConfig())
     kept = []
     by_event = defaultdict(list)
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -1418,22 +1446,23 @@ def read_runs(path: Path) -> list[dict]:
         if not isinstance(entry, dict):
             continue
         if "evals" in entry:
-            kept.append(entry | dict(settings=defaults | entry["settings"]))
-        by_event[entry.pop("event", None)].append(entry)
+            kept.append(entry | dict(settings=DEFAULTS | entry["settings"]))
+        else:
+            by_event[entry.pop("event")].append(entry)
     starts = by_event["config"] + by_event["resume"]
-    if kept or not starts:
+    if not starts:
         return kept
-    settings = defaults | starts[-1]["config"]
+    settings = DEFAULTS | starts[-1]["config"]
     paces = []
     for before, after in itertools.pairwise(by_event["step"]):
-        if after["step"] > before["step"]:
-            paces.append((after["seconds"] - before["seconds"]) / (after["step"] - before["step"]))
+        steps = after["step"] - before["step"]
+        if steps > 0:
+            paces.append((after["seconds"] - before["seconds"]) / steps)
     seconds = settings["steps"] * statistics.median(paces) if paces else None
-    versions = [start.get("versions", {}) for start in starts]
-    machines = dict.fromkeys(str(version.get("machine")) for version in versions)
-    return [dict(run=file.resolve().parent.name, settings=settings, data=starts[0].get("data", {}),
+    machines = dict.fromkeys(start["versions"]["machine"] for start in starts)
+    return [dict(run=file.resolve().parent.name, settings=settings, data=starts[0]["data"],
                  evals=by_event["eval"], seconds=seconds, machine=" and ".join(machines),
-                 versions=versions[-1], commit=commit_of(file.parent))]
+                 versions=starts[-1]["versions"], commit=commit_of(file.parent))]
 
 
 def commit_of(folder: Path) -> str | None:
@@ -1454,14 +1483,13 @@ def is_finished(run: dict) -> bool:
 
 def show_keep(args: argparse.Namespace) -> None:
     """Of its settings a kept run has those that differ from TrainConfig's."""
-    defaults = vars(TrainConfig())
     for run in itertools.chain(*map(read_runs, args.runs)):
         if not is_finished(run):
             progress(f"left out, not finished: {run['run']}")
             continue
         settings = {}
         for name, value in run["settings"].items():
-            if name not in PLACES and (name not in defaults or value != defaults[name]):
+            if name not in PLACES and (name not in DEFAULTS or value != DEFAULTS[name]):
                 settings[name] = value
         print(json.dumps(run | dict(settings=settings)))
 
@@ -1476,27 +1504,31 @@ def result_settings(run: dict) -> dict:
     return result
 
 
+def group_key(run: dict) -> str:
+    """What runs that differ by their seeds have in common."""
+    return repr((result_settings(run), run["settings"]["flops"], steps_done(run)))
+
+
 def comparable(runs: list[dict]) -> list[dict]:
     """The runs to compare: finished ones, where there are any, and each once. Losses on different
     text, or on windows of different lengths, must not be compared."""
-    finished = [run for run in runs if is_finished(run)] or [run for run in runs if run["evals"]]
+    finished = [run for run in runs if is_finished(run)]
+    finished = finished or [run for run in runs if run["evals"]]
     chosen = {}
-    first = None
+    measured = {}       # a run for each way of measuring
     for run in runs:
         settings = run["settings"]
-        key = repr((result_settings(run), settings["flops"], steps_done(run), settings["seed"]))
+        key = repr((group_key(run), settings["seed"]))
         if run not in finished or key in chosen:
             why = f"the same as {chosen[key]['run']}" if key in chosen else "not finished"
             progress(f"left out, {why}: {run['run']}")
             continue
         chosen[key] = run
-        measured = (run["data"].get("fingerprint"), settings["block_size"],
-                    settings["eval_sequences"])
-        first = first or measured
-        if measured != first:
-            raise SystemExit(f"analyze.py: {run['run']} is not comparable: its data, block_size "
-                             f"and eval_sequences are {measured}, those of {finished[0]['run']} "
-                             f"are {first}")
+        how = (run["data"]["fingerprint"], settings["block_size"], settings["eval_sequences"])
+        measured.setdefault(how, run["run"])
+    if len(measured) > 1:
+        raise SystemExit("analyze.py: runs that are not comparable: their data, block_size and "
+                         f"eval_sequences are {measured}")
     return list(chosen.values())
 
 
@@ -1505,7 +1537,8 @@ def student_t(values: np.ndarray, freedom: int) -> float:
     if freedom < 1:
         return math.nan
     from scipy.stats import t
-    return float(t.ppf(0.975, freedom) * math.sqrt(values.var(ddof=1) / len(values)))
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return float(t.ppf(0.975, freedom) * error)
 
 
 def over_seeds(values: np.ndarray) -> str:
@@ -1522,14 +1555,13 @@ class Group:
         self.last = runs[0]["evals"][-1]
         words = [self.settings["ffn"]]      # the feedforward layer, and how it is not the default
         for name in VARIED:
-            if self.settings.get(name, getattr(GPTConfig, name)) != getattr(GPTConfig, name):
-                words.append(f"{name}={self.settings[name]}")
+            value = self.settings.get(name, DEFAULTS[name])
+            if value != DEFAULTS[name]:
+                words.append(f"{name}={value}")
         self.layer = " ".join(words)
-        self.losses = np.array([run["evals"][-1]["val_loss"] for run in runs], dtype=float)
+        self.losses = np.array([run["evals"][-1]["val_loss"] for run in runs])
+        self.bits = np.array([run["evals"][-1]["val_bits_per_byte"] for run in runs])
         self.loss = float(self.losses.mean())
-        # Bits are the loss times a number that the data fixes.
-        bits_per_nat = self.last.get("val_bits_per_byte", math.nan) / self.last["val_loss"]
-        self.bits = self.losses * bits_per_nat
         # Seconds are comparable on one machine; a median, for another program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else math.nan
@@ -1544,11 +1576,11 @@ class Group:
 
 def group_runs(runs: list[dict]) -> list[Group]:
     """The lowest loss first."""
-    machine = Counter(run["machine"] for run in runs).most_common(1)[0][0]
+    machines = Counter(run["machine"] for run in runs)
+    [(machine, _)] = machines.most_common(1)
     members = defaultdict(list)
     for run in runs:
-        key = (result_settings(run), run["settings"]["flops"], steps_done(run))
-        members[repr(key)].append(run)
+        members[group_key(run)].append(run)
     groups = [Group(of_key, machine) for of_key in members.values()]
     return sorted(groups, key=lambda group: group.loss)
 
@@ -1559,13 +1591,15 @@ def best_groups(groups: list[Group]) -> dict[str, list[Group]]:
     It has the most seeds, so that the luck of a single one does not win against a mean; of several
     such groups it has the lowest loss.
     """
-    best = defaultdict(dict)        # by layer and budget
+    found = {}      # by layer and budget
     for group in groups:
-        chosen = best[group.layer].get(group.budget)
-        if chosen is None or len(group.losses) > len(chosen.losses):
-            best[group.layer][group.budget] = group
-    return {layer: [of_layer[budget] for budget in sorted(of_layer)]
-            for layer, of_layer in best.items()}
+        chosen = found.setdefault((group.layer, group.budget), group)
+        if len(group.losses) > len(chosen.losses):
+            found[group.layer, group.budget] = group
+    best = {group.layer: [] for group in groups}
+    for group in sorted(found.values(), key=lambda group: group.budget):
+        best[group.layer].append(group)
+    return best
 
 
 def sizes_of(group: Group, groups: list[Group]) -> str:
@@ -1591,9 +1625,9 @@ def group_rows(groups: list[Group], best: list[Group], budget: float) -> list[li
             mean, half = ours[0].less(group)
             difference = interval(mean, half)
             ratio = math.exp(mean)
-        used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))
+        used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))     # no MLP's
         rows.append(["*" if group in best else "", group.layer, sizes_of(group, groups),
-                     len(group.runs), group.last["step"], group.last.get("flops"), group.seconds,
+                     len(group.runs), group.last["step"], group.last["flops"], group.seconds,
                      over_seeds(group.losses), over_seeds(group.bits), difference, ratio, used])
     return rows
 
@@ -1605,11 +1639,13 @@ def bits_after(elapsed: float, best: list[Group]) -> str:
     for group in best:
         seeds = [run["settings"]["seed"] for run in group.runs]
         by_seed.append(dict(zip(seeds, group.bits)))
-    lines = [[bits[seed] for bits in by_seed] for seed in set.intersection(*map(set, by_seed))]
+    common = set.intersection(*map(set, by_seed))
+    lines = [[bits[seed] for bits in by_seed] for seed in common]
     if len(lines) < 2:
         lines = [[group.bits.mean() for group in best]]
     seconds = np.log([group.seconds for group in best])
-    return over_seeds(np.array([np.interp(math.log(elapsed), seconds, line) for line in lines]))
+    found = [np.interp(math.log(elapsed), seconds, line) for line in lines]
+    return over_seeds(np.array(found))
 
 
 def show_same_seconds(best: dict[str, list[Group]]) -> None:
@@ -1619,8 +1655,10 @@ def show_same_seconds(best: dict[str, list[Group]]) -> None:
         timed = [group for group in of_layer if group.budget and not math.isnan(group.seconds)]
         if len(timed) > 1:
             lines[layer] = sorted(timed, key=lambda group: group.seconds)
-    start = max((timed[0].seconds for timed in lines.values()), default=0)
-    end = min((timed[-1].seconds for timed in lines.values()), default=0)
+    if not lines:
+        return
+    start = max(timed[0].seconds for timed in lines.values())
+    end = min(timed[-1].seconds for timed in lines.values())
     if start >= end:
         return
     rows = []
@@ -1673,10 +1711,10 @@ def loss_chart(groups: list[Group]):
         lines = []
         for group in groups:
             for run in group.runs:
-                # A logarithmic axis has no 0, and an old log not every value.
-                evals = [entry for entry in run["evals"] if entry.get(x_name)]
-                lines.append((group.layer, "lines", [entry[x_name] for entry in evals],
-                              [entry["val_loss"] for entry in evals]))
+                evals = [entry for entry in run["evals"] if entry[x_name]]  # the axis has no 0
+                x = [entry[x_name] for entry in evals]
+                y = [entry["val_loss"] for entry in evals]
+                lines.append((group.layer, "lines", x, y))
         panels.append((x_name, "validation loss, nats per token", lines))
     return line_chart("Validation loss", panels)
 
@@ -1716,19 +1754,21 @@ def token_items(run: Run, source: Recording, places: list[int]) -> list[dict]:
     and for every layer the nearest circuits [place, distance] and the neurons [row, product]."""
     items = []
     for place in places:
-        expected = zip(source.top[place].tolist(), source.p[place].tolist())
+        p = source.p[place].double().round(decimals=2)
+        expected = list(zip(source.top[place].tolist(), p.tolist()))
         items.append(dict(text=run.excerpt(source.tokens, place), why=None, layers=[],
-                          next=[[token, round(p, 2)] for token, p in expected]))
+                          next=expected))
     for layer in range(run.cfg.n_layer):
         found = nearest_circuits(run, source, places, layer)
         products = source.products[layer, places]                               # (M, J)
-        order = products.abs().argsort(dim=1, descending=True, stable=True)[:, :SHOWN]
+        order = products.abs().argsort(dim=1, descending=True, stable=True)
+        order = order[:, :SHOWN]
         rows = source.rows[layer, places].gather(1, order).tolist()
         values = products.gather(1, order).tolist()
         for item, near, of_rows, of_values in zip(items, found, rows, values):
-            item["layers"].append(dict(
-                near=[[place, round(1 - similarity, 3)] for place, similarity in near[:SHOWN]],
-                neurons=[[row, round(value, 3)] for row, value in zip(of_rows, of_values)]))
+            near = [(place, round(1 - similarity, 3)) for place, similarity in near[:SHOWN]]
+            neurons = list(zip(of_rows, rounded(of_values)))
+            item["layers"].append(dict(near=near, neurons=neurons))
     return items
 
 
@@ -1749,14 +1789,11 @@ def why_item(run: Run, tokens: list[int]) -> dict | None:
                 shares=rounded(found.token_shares.tolist()))
 
 
-def rounded(values: list[float]) -> list[float]:
-    return [round(value, 3) for value in values]
-
-
 def plane(circuits: Circuits) -> np.ndarray:
     """Coordinates (M, 2) of circuits: UMAP of their cosine distances (the paper's Figure 6)."""
     from umap import UMAP
-    distances = (1 - gram(circuits)).clamp(min=0).fill_diagonal_(0).numpy()
+    distances = (1 - gram(circuits)).clamp(min=0)
+    distances = distances.fill_diagonal_(0).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # distances have no inverse, a seed means one thread
         mapper = UMAP(n_neighbors=15, metric="precomputed", random_state=0)
@@ -1767,15 +1804,17 @@ def map_places(tokens: np.ndarray) -> list[int]:
     """Of each of the 100 most frequent tokens at most 10 places, at random."""
     rng = np.random.default_rng(0)
     places = []
-    for token in np.argsort(-np.bincount(tokens.ravel()), kind="stable")[:100]:
-        places += rng.permutation(np.flatnonzero(tokens == token))[:10].tolist()
+    often = np.argsort(-np.bincount(tokens.ravel()), kind="stable")
+    for token in often[:100]:
+        of_token = rng.permutation(np.flatnonzero(tokens == token))
+        places += of_token[:10].tolist()
     return places
 
 
-def view_item(run: Run, name: str, recording: Recording, layer: int, places: list[int]) -> dict:
+def view_item(run: Run, recording: Recording, layer: int, places: list[int]) -> dict:
     """A map of a layer: the coordinates of its points, what to show of the axes, and the names of
     the most frequent tokens, each in the middle of its points."""
-    progress(f"map {len(places)} circuits: {name}")
+    progress(f"map {len(places)} circuits of layer {layer}")
     xy = plane(recording.circuits(layer).at(places))                            # (M, 2)
     low, high = np.percentile(xy, [4, 96], axis=0)          # a few far points would squeeze all
     margin = 0.15 * (high - low)
@@ -1784,8 +1823,10 @@ def view_item(run: Run, name: str, recording: Recording, layer: int, places: lis
     for token in list(dict.fromkeys(tokens.tolist()))[:40]:
         middle = np.median(xy[tokens == token], axis=0)
         names.append([run.name(token).strip("·"), *middle.tolist()])
-    return dict(name=name, layer=layer, xy=xy.tolist(), low=(low - margin).tolist(),
-                high=(high + margin).tolist(), names=names)
+    low -= margin
+    high += margin
+    return dict(name=f"layer {layer}", layer=layer, xy=xy.tolist(), low=low.tolist(),
+                high=high.tolist(), names=names)
 
 
 def card_items(run: Run, items: list[dict]) -> dict[str, dict]:
@@ -1811,29 +1852,31 @@ def page_data(run: Run, tokens: list[int], layer: int, with_map: bool) -> dict:
     passage = token_items(run, source, list(range(len(tokens))))
     for t, item in enumerate(passage):
         item["why"] = why_item(run, tokens[:t + 1])
-    views = [dict(name=f"layer {of_layer}", layer=of_layer) for of_layer in range(run.cfg.n_layer)]
+    layers = range(run.cfg.n_layer)
+    views = [dict(name=f"layer {of_layer}", layer=of_layer) for of_layer in layers]
     points = []
-    classes = None
+    classes = Classes(np.empty(0), [])
     if with_map:
         places = map_places(run.trained.tokens)
         points = token_items(run, run.trained, places)
         classes = context_classes(run)
-        views = [view_item(run, view["name"], run.trained, view["layer"], places) for view in views]
-        views.append(view_item(run, f"layer {layer}, map of the untrained", run.untrained, layer,
-                               places))
+        views = [view_item(run, run.trained, of_layer, places) for of_layer in layers]
+        control = view_item(run, run.untrained, layer, places)
+        views.append(control | dict(name=f"layer {layer}, map of the untrained"))
         for point, place in zip(points, places):
             point["label"] = int(classes.of_token[run.trained.tokens.flat[place]])
     cards = card_items(run, passage + points)
-    near = [pair for item in passage + points for of_layer in item["layers"]
-            for pair in of_layer["near"]]
-    seen = {place for place, _ in near}
-    seen.update(place for card in cards.values() for _, place in card["excerpts"])
+    seen = set()        # the places whose text is shown
+    for item in passage + points:
+        for of_layer in item["layers"]:
+            seen.update(place for place, _ in of_layer["near"])
+    for card in cards.values():
+        seen.update(place for _, place in card["excerpts"])
     texts = {}
     for place in sorted(seen):
-        texts[place] = [*run.excerpt(run.trained.tokens, place),
-                        run.predictions(run.trained, place)]
+        texts[place] = run.shown(run.trained, place)
     return dict(view=layer, views=views, neurons=run.cfg.n_experts, passage=passage, points=points,
-                cards=cards, texts=texts, classes=classes.names if classes else [],
+                cards=cards, texts=texts, classes=classes.names,
                 names=[run.name(token) for token in range(run.cfg.vocab_size)])
 
 
@@ -1866,7 +1909,8 @@ def show_report(args: argparse.Namespace) -> None:
         plotly_js = get_plotlyjs()
     except ImportError as error:
         progress(f"no map: pip install plotly umap-learn ({error})")
-    data = page_data(run, run.prompt(args.prompt), run.layer(args.layer), bool(plotly_js))
+    layer = run.layer(args.layer)
+    data = page_data(run, run.prompt(args.prompt), layer, bool(plotly_js))
     write_page(path, f"sgatlin: report of {args.out_dir}", page_body(data), plotly_js)
 
 

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import http.server
 import io
 import itertools
 import json
@@ -20,15 +19,15 @@ import os
 import random
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +54,6 @@ from model import (
     ROUTERS,
     Attention,
     GPTConfig,
-    KVCache,
     MoE,
     Router,
     SparselyGatedLinear,
@@ -375,19 +373,14 @@ def test_model_is_that_of_the_paper(ffn):
 # parameters at the paper's vocabulary of 50258; forward FLOPs of 1024 and of 2048 tokens
 GOLDEN_LADDER = [
     ("mlp", 1, 6696064, 1610612736, 5368709120),
-    ("mlp", 6, 104679168, 173946175488, 425201762304),
     ("mlp", 9, 280895616, 543581798400, 1261109772288),
     ("swiglu", 1, 6762880, 1744830464, 5637144576),
-    ("swiglu", 6, 123611904, 212600881152, 502511173632),
     ("swiglu", 9, 344727936, 674041430016, 1522029035520),
     ("moe", 1, 8154240, 1753219072, 5653921792),
-    ("moe", 6, 407258880, 183911841792, 445133094912),
     ("moe", 9, 1301438592, 576876183552, 1327698542592),
     ("peer", 1, 9677952, 4563402752, 11274289152),
-    ("peer", 6, 684279552, 196494753792, 470298918912),
     ("peer", 9, 2807406720, 504927092736, 1183800360960),
     ("sgatlin", 1, 13249664, 2013265920, 6174015488),
-    ("sgatlin", 6, 2356233984, 112742891520, 302795194368),
     ("sgatlin", 9, 10368065664, 317693362176, 809332899840),
 ]
 
@@ -406,10 +399,7 @@ def test_ladder_has_the_sizes_of_the_paper(ffn, scale, params, flops_1024, flops
 
 
 @pytest.mark.parametrize("ffn, scale, flops, batch_size, block_size, steps", [
-    ("mlp", 1, 1e17, 64, 1024, 323375), ("mlp", 1, 6e18, 128, 2048, 2910383),
-    ("swiglu", 2, 1e17, 64, 1024, 53895), ("moe", 1, 1e18, 128, 2048, 460594),
-    ("peer", 1, 6e18, 128, 2048, 1385896), ("sgatlin", 1, 1e17, 64, 1024, 258700),
-    ("sgatlin", 1, 1e18, 128, 2048, 421794)])
+    ("moe", 1, 1e18, 128, 2048, 460594), ("sgatlin", 1, 1e17, 64, 1024, 258700)])
 def test_budget_buys_the_steps_of_the_paper(ffn, scale, flops, batch_size, block_size, steps):
     """Those that the paper's code makes of the budgets of its isoflop runs."""
     given = dict(ffn=ffn, scale=scale, batch_size=batch_size, vocab_size=8, block_size=block_size)
@@ -426,7 +416,6 @@ def test_commands_of_the_papers_budget_build_its_models(ffn, params, flops, step
     command = re.search(rf"python train.py \$PAPER(.*) --out_dir=runs/1e17-{ffn}\n", text)[1]
     given = train.parse_args(shared + command.split())
     cfg = train.new_config(given | dict(vocab_size=50258), torch.device("cuda"))
-    assert (cfg.ffn, cfg.block_size, cfg.batch_size) == (ffn, 1024, 64)
     assert (cfg.warmup_steps, cfg.grad_clip, cfg.learning_rate) == (1000, 1.0, 1e-3)
     model = on_meta(cfg)
     assert model.num_params()[0] == params
@@ -449,11 +438,9 @@ def test_active_parameters():
     cfg = GPTConfig(n_layer=1, d_model=64, n_experts=256, n_channels=3, top_k=5)
     total, active = on_meta(cfg).num_params()
     assert total - active == 2 * 3 * (256 - 5) * 64
-    moe = on_meta(GPTConfig(n_layer=1, d_model=64, ffn="moe", n_experts=4, top_k=1))
-    layer = moe.blocks[0].ffn
-    one = sum(w[0].numel() for w in (layer.w1, layer.b1, layer.w2, layer.b2))
+    moe = on_meta(GPTConfig(n_layer=1, d_model=64, d_ff=32, ffn="moe", n_experts=4, top_k=1))
     total, active = moe.num_params()
-    assert total - active == 3 * one
+    assert total - active == 3 * (64 * 64 + 64 + 32 * 64 + 64)      # w1, b1, w2, b2 of an expert
 
 
 @pytest.mark.parametrize("ffn, tensor, std, largest", [
@@ -476,20 +463,18 @@ def layer_tensors(N=7, D=48, C=2, n=5, k=3, dtype=torch.float32, seed=0):
     return kernels.random_layer(N, D, C, n, k, device="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("index", ["routed", "one row", "repeated"])
-def test_kernels_equal_the_reference(index, dtype, tolerance):
-    t = layer_tensors(dtype=dtype)
-    if index == "one row":
-        t["index"] = torch.full_like(t["index"], 11)
-    elif index == "repeated":
-        t["index"][:, 1::2] = t["index"][:, ::2]
+@pytest.mark.parametrize("dtype, n, tolerance", [
+    (torch.float32, 5, 1e-6), (torch.bfloat16, 150, 1e-2)])     # sorted by int16 and int32 keys
+def test_kernels_equal_the_reference(dtype, n, tolerance):
+    t = layer_tensors(n=n, dtype=dtype)
+    t["index"][:, 1::2] = t["index"][:, ::2]        # rows repeat in a token
     inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
     wide = [tensor.double() for tensor in inputs]
     ours = kernels.gradients(kernels.layer, t["dy"], inputs, t["index"])
     truth = kernels.gradients(kernels.layer_reference, t["dy"].double(), wide, t["index"])
     for a, b in zip(ours, truth):
-        assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm()
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= tolerance * b.norm()
     unused = torch.ones(len(t["w_in"]), dtype=torch.bool)
     unused[t["index"].flatten().long()] = False
     assert unused.any() and not ours[3][unused].any() and not ours[4][unused].any()
@@ -510,38 +495,9 @@ def test_primitives_gradcheck(n_rows, by_row):
     assert torch.autograd.gradcheck(lambda s: kernels.product_topk(s, 4)[0], (scores,))
 
 
-def test_transposed_index_sorts_the_pairs_by_row():
-    for n_rows in (9, 40_000):      # int16 and int32 keys
-        torch.manual_seed(0)
-        index = torch.randint(0, n_rows, (50, 6), dtype=torch.int32)
-        order, offsets = kernels.sort_by_row(index, n_rows)
-        assert order.tolist() == sorted(range(300), key=lambda p: (index.flatten()[p].item(), p))
-        assert torch.equal(offsets.diff(), index.flatten().bincount(minlength=n_rows).int())
-
-
-@pytest.mark.parametrize("n, k", [(3, 1), (3, 2), (11, 8), (32, 8), (40, 39)])
-def test_product_keys_are_full_keys(n, k):
-    scores = torch.randn(20, 2, 2, n, generator=torch.Generator().manual_seed(n))
-    for s in (scores, scores.double(), scores.bfloat16().float()):
-        gates, ids = kernels.product_topk(s, k)
-        expected, _ = kernels.product_topk_reference(s, k)
-        ids = ids.long()
-        assert torch.equal(gates, expected)
-        first, second = s[..., 0, :], s[..., 1, :]
-        assert torch.equal(gates, first.gather(-1, ids // n) + second.gather(-1, ids % n))
-        assert ids.sort(-1).values.diff(dim=-1).min() > 0 if k > 1 else True
-
-
-def test_ties_go_to_the_lower_position_and_nan_stays_in_range():
-    gates, ids = kernels.product_topk(torch.zeros(1, 1, 2, 6), 5)
-    assert ids.flatten().tolist() == [0, 1, 2, 3, 4]
+def test_ties_go_to_the_lower_position_as_in_jax():
     scores = torch.tensor([[[[2.0, 1.0, 2.0, 0.0], [0.0, 1.0, 1.0, -1.0]]]])
     assert kernels.product_topk(scores, 3)[1].flatten().tolist() == [1, 2, 9]
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        scores = torch.randn(5, 2, 2, 6)
-        scores[2:] = bad
-        ids = kernels.product_topk(scores, 5)[1]
-        assert ids.min() >= 0 and ids.max() < 36
 
 
 def peak_bytes(folder, fn, *args):
@@ -552,14 +508,6 @@ def peak_bytes(folder, fn, *args):
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     return max(itertools.accumulate(size for _, size in memory))
-
-
-def test_importing_and_using_the_kernels_warns_of_nothing():
-    code = ("import torch, kernels\n"
-            "x, index = torch.ones(2, 3), torch.zeros(2, 2, dtype=torch.int32)\n"
-            "kernels.gather_dot(x, x, index)")
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parent,
-                   check=True)
 
 
 def test_no_gathered_copy_is_made(tmp_path):
@@ -587,7 +535,7 @@ def test_the_layer_of_the_readme_works_as_it_stands():
     assert gates.shape == ids.shape and ids.dtype == torch.int32
 
 
-@pytest.mark.parametrize("shape", [(33,), (5, 33), (2, 0, 33), (2, 3, 4, 33)])
+@pytest.mark.parametrize("shape", [(33,), (2, 0, 33), (2, 3, 4, 33)])
 def test_layer_takes_any_width_and_leading_shape(shape):
     torch.manual_seed(0)
     layer = SparselyGatedLinear(d_model=33, n_channels=2, n_experts=25, top_k=3, d_key=8)
@@ -595,8 +543,7 @@ def test_layer_takes_any_width_and_leading_shape(shape):
     y = layer(x)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
-    for row, expected in zip(x.view(-1, 33), y.view(-1, 33)):
-        torch.testing.assert_close(layer(row), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer(x.view(-1, 33)), y.view(-1, 33))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
@@ -629,65 +576,24 @@ def tokens(B=2, T=12, seed=0):
     return torch.randint(0, 50, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("ffn", FFN)
-def test_every_parameter_learns(ffn):
-    model = tiny(ffn)
-    logits, loss = model(tokens(B=8), tokens(B=8, seed=1))
-    # unit-variance logits cost half a nat
-    assert loss.item() == pytest.approx(math.log(50) + 0.5, abs=0.35)
-    loss.backward()
-    for name, p in model.named_parameters():
-        assert p.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("ffn", FFN)
-def test_the_future_cannot_be_seen(ffn):
-    """In float64: another token changes how many tokens an expert gets, and so how sums round."""
-    model = tiny(ffn).double()
-    idx = tokens()
-    changed = idx.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % 50
-    difference = (model(idx)[0] - model(changed)[0]).abs().amax((0, 2))        # (T,)
-    assert difference[:7].max() < 1e-6
-    assert difference[7:].min() > 1e-3
-
-
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_router_takes_the_largest_scores(kind):
     torch.manual_seed(0)
-    router = Router(d_model=32, n_channels=2, n_experts=25, top_k=4, d_key=8, kind=kind)
-    x = torch.randn(6, 32)
+    router = Router(d_model=32, n_channels=2, n_experts=121, top_k=9, d_key=8, kind=kind)
+    x = torch.randn(60, 32)
     scores = router.scores(x)
     full = scores[:, :, 0]
     if kind.startswith("product"):
         full = (full[..., None] + scores[:, :, 1, None]).flatten(-2)
     gates, ids = router(x)
-    torch.testing.assert_close(gates, full.topk(4).values)
+    torch.testing.assert_close(gates, full.topk(9).values)
     torch.testing.assert_close(gates, full.gather(-1, ids.long()))
-
-
-def test_layer_is_linear_given_its_gates():
-    """And a forward hook on the router records or replaces them."""
-    layer = tiny().blocks[0].ffn
-    x, z = torch.randn(2, 1, 5, 32)
-    recorded = []
-    handle = layer.router.register_forward_hook(lambda module, args, out: recorded.append(out))
-    y = layer(x)
-    handle.remove()
-    gates, ids = recorded[0]
-    pool = torch.arange(2)[:, None]
-    w_in = layer.w_in[pool, ids.long()]                             # (N, C, k, D)
-    w_out = layer.w_out[pool, ids.long()]                           # (N, C, k, D)
-    truth = torch.einsum("nck,nckd,nckD,nd->nD", gates, w_in, w_out, x[0])
-    torch.testing.assert_close(y[0], truth, atol=1e-5, rtol=1e-4)
-    layer.router.register_forward_hook(lambda *args: recorded[0])
-    torch.testing.assert_close(layer(2 * x + z), 2 * y + layer(z), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("softmax_gates", [False, True])
 @pytest.mark.parametrize("shared_pool", [False, True])
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
-def test_ablations_are_what_they_say(softmax_gates, shared_pool, activation):
+def test_layer_and_its_ablations_are_what_they_say(softmax_gates, shared_pool, activation):
     model = tiny(softmax_gates=softmax_gates, shared_pool=shared_pool, activation=activation)
     layer = model.blocks[0].ffn
     x = torch.randn(5, 32)
@@ -738,20 +644,6 @@ def test_a_number_of_neurons_that_is_no_square_is_refused():
     """isqrt would drop neurons in silence."""
     with pytest.raises(ValueError, match="take 961 or 1024"):
         SparselyGatedLinear(d_model=8, n_channels=1, n_experts=1000, top_k=2, d_key=4)
-
-
-def test_cache_equals_the_full_forward():
-    """In float64: pieces round otherwise, which could tip a router to another neuron."""
-    model = tiny().double()
-    idx = tokens(B=1)
-    full, _ = model(idx)
-    cache = KVCache()
-    for piece in (idx[:, :5], idx[:, 5:6], idx[:, 6:9], idx[:, 9:]):
-        start = len(cache)
-        logits, _ = model(piece, cache=cache)
-        torch.testing.assert_close(logits, full[:, start:len(cache)])
-    with pytest.raises(ValueError, match="13 tokens exceed block_size=12"):
-        model(idx[:, :1], cache=cache)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -873,14 +765,18 @@ def test_triton_topk(on_triton, dtype, k, C, n, N):
     agree(kernels.product_topk_grad_triton(grad.to(DEVICE), ids.to(DEVICE), n), truth, dtype)
 
 
+@pytest.mark.parametrize("form", ["PyTorch", "Triton"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_triton_topk_of_any_scores_is_in_range(on_triton, dtype):
+def test_topk_of_any_scores_is_in_range(form, dtype, request):
+    if form == "Triton":
+        request.getfixturevalue("on_triton")
     nan, inf = float("nan"), float("inf")
     values = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, 1e30])
     scores = values[torch.randint(0, 7, (4, 1, 2, 11))]
     scores[2:] = torch.tensor([nan, -inf])[:, None, None, None]
     ids = kernels.product_topk(scores.to(DEVICE, dtype), 8)[1].cpu()
-    assert ids.min() >= 0 and ids.max() < 121 and ids.sort().values.diff().all()
+    assert ids.min() >= 0
+    assert ids.max() < 121
 
 
 def compiled_kernels(T, D, everything):
@@ -1027,18 +923,18 @@ def test_bpe_is_that_of_tiktoken(name, pattern):
         bpe_train(TEXTS[name], len(longest) + 1, pattern, visualise=None)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes"])
-def test_every_text_comes_back(tmp_path, kind):
+def test_every_text_comes_back(tmp_path):
     (tmp_path / "a.txt").write_text(STORY * 5)
-    meta = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", kind, vocab_size=300)
+    meta = prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300)
     ranks = (tmp_path / "out/tokenizer.tiktoken").read_text()
     tokenizer = prepare_data.load_tokenizer(ranks, meta["pat_str"])
     rng = random.Random(2)
     codes = [*range(128), *rng.sample(range(128, 0xD800), 2000), *range(0xE000, 0x110000, 999)]
-    anything = "".join(map(chr, codes))
-    texts = ["".join(rng.choices(some, k=50))
-             for some in (anything, " \n\r\ta.1é") for _ in range(300)]
-    texts += [c * 1_500_000 + "a" for c in " \n.a1"] + [f"a {EOT} b", ""]
+    texts = ["".join(map(chr, codes)), f"a {EOT} b", ""]
+    for c in " \n.a1":
+        texts.append(c * 1_500_000 + "a")
+    for _ in range(300):
+        texts.append("".join(rng.choices(" \n\r\ta.1é", k=50)))
     for text in texts:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     assert tokenizer.eot_token == tokenizer.n_vocab - 1 == meta["eot"]
@@ -1046,15 +942,14 @@ def test_every_text_comes_back(tmp_path, kind):
 
 def test_gpt2_is_taken_as_it_is(tmp_path, monkeypatch):
     ranks = prepare_data.BYTES | {b"al": 256, b"all": 257}
-    special = {EOT: 258}
     stand_in = tiktoken.Encoding("gpt2", pat_str=r"\w+|\W", mergeable_ranks=ranks,
-                                 special_tokens=special)
+                                 special_tokens={EOT: 258})
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": stand_in}.get)
     (tmp_path / "a.txt").write_text(STORY * 5)
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "gpt2")
-    text = EOT.join([*part_documents(tmp_path / "out", "train"), ""])
+    [text] = part_documents(tmp_path / "out", "train")
     ids = np.fromfile(tmp_path / "out/train.bin", "<u2").tolist()
-    assert ids == stand_in.encode(text, allowed_special="all") and 257 in ids
+    assert ids == [*stand_in.encode(text), 258] and 257 in ids
 
 
 def test_no_document_is_in_both_parts_and_none_is_lost(tmp_path):
@@ -1086,18 +981,15 @@ def test_tokenizer_does_not_see_validation(tmp_path):
 def test_sample_is_drawn_from_all_documents_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "SAMPLE_BYTES", 100_000)
     monkeypatch.setattr(prepare_data, "PIECE", 200)
-    rng = random.Random(4)
-    first = ["".join(rng.choices("abc", k=5)) for _ in range(300)]
-    second = ["".join(rng.choices("xyz", k=5)) for _ in range(300)]
     (tmp_path / "a.txt").write_text("A licence.")  # the first document is small
-    (tmp_path / "b.txt").write_text(" ".join(rng.choices(first, k=100_000)))
-    stories = (" ".join(rng.choices(second, k=20)) for _ in range(2000))
-    (tmp_path / "c.txt").write_text(f"\n{EOT}\n".join(stories))
+    (tmp_path / "b.txt").write_text("first " * 100_000)
+    (tmp_path / "c.txt").write_text(f"\n{EOT}\n".join(f"{i} " + "second" * 40 for i in range(1000)))
     counts = prepare_data.sample_words(prepare_data.Corpus(prepare_data.walk(tmp_path), 0.05))
-    n_bytes = sum(len(word) * count for word, count in counts.items())
-    n_second = sum(6 * counts.get(" " + word, 0) for word in set(second))
-    assert n_bytes == pytest.approx(100_000, rel=0.2)
-    assert n_second == pytest.approx(n_bytes * 2 / 7, rel=0.2)  # as in the whole text
+    n_bytes = collections.Counter()
+    for word, count in counts.items():
+        n_bytes["first" in word] += len(word) * count
+    assert n_bytes.total() == pytest.approx(100_000, rel=0.2)
+    assert n_bytes[True] == pytest.approx(n_bytes.total() * 5 / 7, rel=0.2)  # as in the whole
 
 
 def test_words_of_the_sample_are_bounded_in_bytes(tmp_path, monkeypatch):
@@ -1131,14 +1023,10 @@ BOOK = numbers(10**6, 105_000)
 NOTES = [f"{i} note" for i in range(1000)]
 
 
-@pytest.mark.parametrize("val_fraction", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("val_fraction", [0.05, 0.9])
 @pytest.mark.parametrize("texts", [
-    [STORY], ["ab€de"], ["a" * 50_000 + "語" * 3_000],                  # a single one
-    ["a note  \n", BOOK], [BOOK, numbers(0, 50_000)], [BOOK, STORY, NOTES[1]],
-    [*NOTES, BOOK * 5], [*NOTES, BOOK, numbers(0, 3_000)],             # a giant among many
-    [numbers(1000 * i, 2000) for i in range(12)],
-    [numbers(0, 2**i) for i in range(5, 20)], list("abcdefgh"),
-], ids=range(11))
+    ["ab€de"], ["a note  \n", BOOK], [*NOTES, BOOK, numbers(0, 3_000)], list("abcdefgh"),
+], ids=["one", "two", "a giant among many", "letters"])
 def test_split_is_by_bytes_and_loses_nothing(tmp_path, texts, val_fraction):
     seen = []
     for order in (texts, texts[::-1]):
@@ -1149,12 +1037,13 @@ def test_split_is_by_bytes_and_loses_nothing(tmp_path, texts, val_fraction):
         seen.append([sorted(part_documents(tmp_path / "out", part)) for part in ("train", "val")])
     assert seen[0] == seen[1]
     train, val = seen[0]
-    whole = [text for text in train + val if text in texts]
-    cut = [text for text in texts if text not in whole]
-    assert not set(train) & set(val) and all(train) and all(val) and train and val
+    assert train and val and not set(train) & set(val)
+    cut = [text for text in texts if text not in train + val]
     assert len(train) + len(val) == len(texts) + len(cut)
-    assert all(any(a + b == text for a in train for b in val) for text in cut)
-    total, n_val = len("".join(texts).encode()), len("".join(val).encode())
+    for text in cut:
+        assert any(a + b == text for a in train for b in val)
+    total = len("".join(texts).encode())
+    n_val = len("".join(val).encode())
     smaller = min(val_fraction, 1 - val_fraction)
     assert abs(n_val - val_fraction * total) <= max(4, smaller * total / 2)
 
@@ -1177,8 +1066,8 @@ def test_formats(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "plain\r\ntext é".encode())
     (tmp_path / "b.MD").write_text(f"# mark\n {EOT}\nsecond\n{EOT}\n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"zipped\r\n"))
-    with gzip.open(tmp_path / "e.jsonl.gz", "wt") as file:
-        file.write('{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n')
+    lines = '{"text": "one\\nline"}\n\n{"n": 1, "text": "two \\ud83d"}\n{"text": ""}\n'
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     python = "# coding: latin-1\n'é'\n"
     (tmp_path / "f.py").write_bytes(python.encode("latin-1"))
     (tmp_path / "g.py").write_bytes(b"# coding: nonsense\n")
@@ -1221,13 +1110,10 @@ def refusal(*args):
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
-    Path("b.jsonl").write_text('{"text": "x"}\n{"text": 1}\n')
     Path("c.txt.gz").write_bytes(gzip.compress(STORY.encode())[:-9])
     write_parquet("d.parquet", ["x", "y", "z"], column="content")
-    write_parquet("e.parquet", ["x", "y", "z"])
     write_zst("f.jsonl.zst", [random.Random(0).randbytes(50_000).hex()] * 9)
-    for name in ("e.parquet", "f.jsonl.zst"):
-        Path(name).write_bytes(Path(name).read_bytes()[:-9])
+    Path("f.jsonl.zst").write_bytes(Path("f.jsonl.zst").read_bytes()[:-9])
     for path in (*tmp_path.iterdir(), Path("missing\x1b.txt")):
         if path.name != "out":
             assert repr(path.name)[1:-1] in refusal(path)
@@ -1235,29 +1121,18 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     assert "too little text" in refusal("blank.txt")
     assert "val_fraction" in refusal("blank.txt", "--val_fraction=1.5")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
-    for source in ("e.parquet", "f.jsonl.zst", "slimpajama"):
+    for source in ("d.parquet", "slimpajama"):
         assert "pip install pyarrow" in refusal(source)
 
 
-def test_out_dir_is_tried_before_anything_is_read(tmp_path):
-    (tmp_path / "a.txt").write_text(STORY)
-    with pytest.raises(NotADirectoryError):
-        prepare_data.prepare([str(tmp_path / "missing.txt")], tmp_path / "a.txt/out")
-
-
 def test_full_disk_leaves_the_old_data(tmp_path):
-    resource = pytest.importorskip("resource")
     numbered_stories(tmp_path / "a.txt")
     prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", vocab_size=300)
     before = files_of(tmp_path / "out")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(10_000), pytest.raises(OSError):
+        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
     assert files_of(tmp_path / "out") == before
+    assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_changed_text_is_an_error(tmp_path):
@@ -1269,112 +1144,69 @@ def test_changed_text_is_an_error(tmp_path):
             list(corpus.documents("train"))
 
 
-def test_runs_do_not_disturb_each_other_and_tidy_up(tmp_path):
-    (tmp_path / "a.txt").write_text(STORY * 20)
-    os.mkfifo(tmp_path / "never.txt")
-    stuck = subprocess.Popen([sys.executable, "-u", prepare_data.__file__, "never.txt",
-                              "--out_dir=out"], cwd=tmp_path, stdout=subprocess.PIPE)
-    try:
-        stuck.stdout.readline()
-        prepare_data.prepare([str(tmp_path / "a.txt")], tmp_path / "out", "bytes")
-        before = files_of(tmp_path / "out")
-        stuck.terminate()
-        assert stuck.wait(60) == 130
-    finally:
-        stuck.kill()
-        stuck.communicate()
-    assert files_of(tmp_path / "out") == before
-    assert len(list((tmp_path / "out").iterdir())) == 4
-
-
 def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
     Path("a.txt").write_text(STORY)
-    undecodable = os.fsdecode(b"\xff\x1b[2J\n")
-    for name in ("~/plain", "it's; touch $HOME/x", "naïve 日本", undecodable):
-        prepare_data.main(["~/a.txt", f"--out_dir={name}", "--tokenizer=bytes"])
+    for name in ("it's; touch $HOME/x", "naïve 日本", os.fsdecode(b"\xff\x1b[2J\n")):
+        prepare_data.main(["a.txt", f"--out_dir={name}", "--tokenizer=bytes"])
         command = capsys.readouterr().out.partition("next: python train.py ")[2].rstrip("\n")
         assert command.isprintable()
         shown = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True)
-        path = Path(os.fsdecode(shown.stdout.removeprefix(b"--data_dir=")))
-        assert path == Path(name).expanduser() and (path / "meta.json").exists()
+        assert os.fsdecode(shown.stdout.removeprefix(b"--data_dir=")) == name
 
 
-def test_any_standard_output_will_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["a notebook's", "closed", "ASCII"])
+def test_any_standard_output_will_do(kind, planted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("my tale.v2.txt").write_text(STORY)
-    for stdout in (io.StringIO(), None):
-        monkeypatch.setattr(sys, "stdout", stdout)
-        prepare_data.main(["my tale.v2.txt", "--tokenizer=bytes"])
-        shutil.rmtree("data/my tale")  # named after the file
-    done = subprocess.run([sys.executable, "-OO", prepare_data.__file__, "--help"],
-                          capture_output=True, env=os.environ | {"COLUMNS": "80"}, text=True)
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
+    Path("my tale.v2.txt").write_text(STORY * 20)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    outputs = {"a notebook's": io.StringIO(), "closed": None, "ASCII": ascii_only}
+    monkeypatch.setattr(sys, "stdout", outputs[kind])
+    prepare_data.main(["my tale.v2.txt", "--tokenizer=bytes"])
+    run(Path("\u00e9"), *SMALL, "--data_dir=data/my tale", "--steps=1")
+    sample.main(["--out_dir=\u00e9", "--prompt=\u00e9", "--max_new_tokens=3"])
+    analyze.main(["neighbors", "--prompt=\u00e9", f"--out_dir={planted}"])
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files, {path: bytes}, but breaks off every reply after server.limit bytes."""
+def test_download_is_whole_or_not_there(tmp_path):
+    source = tmp_path / "source.txt"
+    path = tmp_path / "new/a.txt"
 
-    def do_GET(self):
-        body = self.server.files.pop(self.path)  # nothing is asked for twice
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:self.server.limit])
+    def breaks_off(url, part):
+        part.write_text("hal")
+        raise urllib.error.ContentTooShortError("3 of 4 bytes", None)
 
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """The place of huggingface.co; the working folder is tmp_path."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.limit = 10**9
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    for source, (base, names) in list(prepare_data.DOWNLOADS.items()):
-        base = base.replace("https://huggingface.co", server.url)
-        monkeypatch.setitem(prepare_data.DOWNLOADS, source, (base, names))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_download_is_whole_or_not_there(server):
-    path = Path("new/a.txt")
-    body = random.Random(3).randbytes(700_000)
-    server.limit = 300_000
-    server.files = {"/a.txt": body}
-    with pytest.raises(SystemExit, match=re.escape(f"{server.url}/a.txt")):
-        prepare_data.download(server.url + "/a.txt", path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="3 of 4 bytes"):
+        patch.setattr(urllib.request, "urlretrieve", breaks_off)
+        prepare_data.download(source.as_uri(), path)
     assert not path.exists()
-    server.limit = 700_000
-    server.files = {"/a.txt": body}
-    for _ in range(2):  # the second time it is there
-        prepare_data.download(server.url + "/a.txt", path)
-        assert path.read_bytes() == body and list(path.parent.iterdir()) == [path]
+    source.write_text("half")
+    prepare_data.download(source.as_uri(), path)
+    source.unlink()
+    prepare_data.download(source.as_uri(), path)    # it is there
+    assert path.read_text() == "half"
+    assert os.listdir(path.parent) == ["a.txt"]
 
 
-def test_sources_with_a_validation_file(server):
+def test_sources_with_a_validation_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     stories = [f"story {i}" for i in range(9)]
-    tinystories = "/datasets/roneneldan/TinyStories/resolve/main/TinyStories-"
-    slimpajama = "/datasets/DKYoon/SlimPajama-6B/resolve/refs%2Fconvert%2Fparquet/default/"
-    server.files = {tinystories + "train.txt": f"\n{EOT}\n".join(stories).encode(),
-                    tinystories + "valid.txt": f"new\n{EOT}\nstory 4\n".encode()}
-    for name, texts in (("train/0000", stories[:5]), ("train/0001", stories[5:]),
-                        ("validation/0000", ["new", "story 4"])):
-        write_parquet("x.parquet", texts)
-        server.files[f"{slimpajama}{name}.parquet"] = Path("x.parquet").read_bytes()
+    for source in ("tinystories", "slimpajama"):
+        _, names = prepare_data.DOWNLOADS[source]
+        monkeypatch.setitem(prepare_data.DOWNLOADS, source, (f"{tmp_path.as_uri()}/hub/", names))
+    for folder in ("train", "validation"):
+        Path("hub", folder).mkdir(parents=True)
+    Path("hub/TinyStories-train.txt").write_text(f"\n{EOT}\n".join(stories))
+    Path("hub/TinyStories-valid.txt").write_text(f"new\n{EOT}\nstory 4\n")
+    write_parquet("hub/train/0000.parquet", stories[:5])
+    write_parquet("hub/train/0001.parquet", stories[5:])
+    write_parquet("hub/validation/0000.parquet", ["new", "story 4"])
     for source in ("tinystories", "slimpajama"):
         prepare_data.main([source, "--shards=2", "--tokenizer=bytes", "--val_fraction=0.9"])
         val = part_documents(Path("data", source), "val")
         train = part_documents(Path("data", source), "train")
         assert [text.strip() for text in val] == ["new", "story 4"]
         assert [text.strip() for text in train] == stories[:4] + stories[5:]
-    assert not server.files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1394,6 +1226,17 @@ def start(program, *args, **env):
     return subprocess.Popen(command, env=env, text=True, encoding="utf-8",
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """A limit on the size of files stands for it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def wait_for(process, text):
@@ -1464,12 +1307,9 @@ def assert_same_state(a, b):
     a = load(a)
     b = load(b)
     assert a["step"] == b["step"]
-    assert a["model"].keys() == b["model"].keys()
-    for name, tensor in a["model"].items():
-        assert torch.equal(tensor, b["model"][name]), name
-    for key, state in a["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            assert torch.equal(tensor, b["optimizer"]["state"][key][name]), (key, name)
+    torch.testing.assert_close(a["model"], b["model"], atol=0, rtol=0)
+    moments = (a["optimizer"]["state"], b["optimizer"]["state"])
+    torch.testing.assert_close(*moments, atol=0, rtol=0)
 
 
 def assert_close_runs(a, b):
@@ -1478,14 +1318,7 @@ def assert_close_runs(a, b):
                        ("eval", "gini")):
         for ours, theirs in zip(log(a, event), log(b, event), strict=True):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-8), (ours["step"], key)
-    a = load(a)
-    b = load(b)
-    for name, tensor in a["model"].items():
-        torch.testing.assert_close(tensor, b["model"][name], atol=1e-7, rtol=0)
-    for name, state in a["optimizer"]["state"].items():
-        other = b["optimizer"]["state"][name]
-        assert state["step"] == other["step"]
-        torch.testing.assert_close(state["exp_avg"], other["exp_avg"], atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(load(a)["model"], load(b)["model"], atol=1e-7, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -1499,49 +1332,6 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """Twenty steps without interruption, which the other runs are compared with."""
     return run(tmp_path_factory.mktemp("trained"), *SMALL, *TWENTY, f"--data_dir={data}")
-
-
-INTERRUPTED = """
-import signal, train
-
-def interrupted(step, cfg, schedule=train.schedule):
-    if step == 13:
-        signal.raise_signal(signal.SIGINT)
-    return schedule(step, cfg)
-
-train.schedule = interrupted
-train.main()
-"""
-
-
-def test_train_interrupt_resume_sample(data, tmp_path):
-    """What a newcomer does, through the command line. The interrupted run equals another."""
-    out = tmp_path / "out\u00e9"        # which an ASCII terminal cannot show
-    args = [*SMALL, f"--data_dir={data}", "--steps=80", "--eval_interval=50",
-            "--learning_rate=5e-3"]
-    printed = finished(start(["-c", INTERRUPTED], *args, f"--out_dir={out}"), code=130)
-    assert "stopped and saved at step 14; to continue: python train.py " in printed
-    assert load(out)["step"] == 14
-    with open(out / "log.jsonl", "ab") as file:     # what a kill or a full disk can leave behind
-        file.write(b'{"event": "step", "step": 77}\n[]\n\xff\xfe\n{"event": "st')
-    resumed = start([ROOT / "train.py"], *RESUME, f"--out_dir={out}", PYTHONIOENCODING="ascii")
-    printed = finished(resumed)
-    assert "A sample:" in printed
-    assert f"next:  python sample.py '--out_dir={tmp_path}/out?'" in printed
-    assert_same_state(out, run(tmp_path / "whole", *args))
-    assert [entry["step"] for entry in log(out, "step")] == list(range(1, 81))
-    evals = log(out, "eval")
-    assert [entry["step"] for entry in evals] == [0, 50, 80]
-    assert {"step", "tokens", "flops", "seconds", "train_loss", "val_loss"} <= evals[-1].keys()
-    assert evals[-1]["tokens"] == 80 * 4 * 32
-    assert evals[-1]["val_loss"] < evals[0]["val_loss"] - 0.5
-    printed = finished(start([ROOT / "sample.py"], f"--out_dir={out}", "--prompt=\u00e9",
-                             "--temperature=0", "--num_samples=2", "--max_new_tokens=40",
-                             PYTHONIOENCODING="ascii"))
-    sample_pattern = r"--- sample \d\n(\?.*?)\n\[\d+ tokens, \d+ tok/s\]"
-    first, second = re.findall(sample_pattern, printed, re.S)
-    assert first == second
-    assert first.isascii() and len(first) > 20
 
 
 # Several runs in the same processes, one an argument with its settings separated by newlines: each
@@ -1632,15 +1422,16 @@ def test_only_torchrun_makes_several_processes(data, trained, tmp_path, monkeypa
 
 
 def test_resume_is_exact_and_evaluation_changes_nothing(data, trained, tmp_path):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
+    """With the log as a kill or a full disk can leave it."""
     first = run(tmp_path / "first", *SMALL, f"--data_dir={data}", "--steps=7", "--eval_interval=3",
                 "--decay_fraction=0")
     out = first.rename(tmp_path / "moved")
+    with open(out / "log.jsonl", "ab") as file:
+        file.write(b'{"event": "step", "step": 17}\n[]\n\xff\xfe\n{"event": "st')
     run(out, *RESUME, "--steps=20", "--eval_interval=4", "--micro_batch_size=4")
     assert_same_state(out, trained)
+    assert [entry["step"] for entry in log(out, "step")] == list(range(1, 21))
     assert not first.exists()
-    assert before == [signal.getsignal(number) for number in numbers]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -1670,10 +1461,12 @@ def at_step(monkeypatch, moment, action):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypatch):
+    before = signal.getsignal(number)
     at_step(monkeypatch, 13, lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *SMALL, *TWENTY, f"--data_dir={data}")
     assert stop.value.code == 130
+    assert signal.getsignal(number) == before
     assert load(tmp_path)["step"] == 14
     monkeypatch.undo()
     run(tmp_path, *RESUME)
@@ -1695,33 +1488,24 @@ def test_kill_at_any_moment_leaves_a_checkpoint(data, tmp_path):
     """Each step saves, so that some of the kills come while a file is written."""
     out = tmp_path / "out"
     args = [*SMALL, f"--data_dir={data}", "--steps=1000", "--decay_fraction=0", "--eval_interval=1"]
-    resume = []
-    for _ in range(2):
-        process = start([ROOT / "train.py"], *args, f"--out_dir={out}", *resume)
-        wait_for(process, "validation loss")
-        wait_for(process, "validation loss")        # the first checkpoint is there
-        time.sleep(random.uniform(0, 0.1))      # wherever it is by then, all below must hold
-        process.kill()
-        process.communicate()
-        step = load(out)["step"]
-        resume = RESUME
-    last = f"--steps={step + 3}"
+    process = start([ROOT / "train.py"], *args, f"--out_dir={out}")
+    wait_for(process, "validation loss")
+    wait_for(process, "validation loss")        # the first checkpoint is there
+    time.sleep(random.uniform(0, 0.1))      # wherever it is by then, all below must hold
+    process.kill()
+    process.communicate()
+    last = f"--steps={load(out)['step'] + 3}"
     run(out, *RESUME, last)
     assert_same_state(out, run(tmp_path / "whole", *args, last, "--eval_interval=1000"))
-    assert [entry["step"] for entry in log(out, "eval")] == list(range(step + 4))
+    evals = [entry["step"] for entry in log(out, "eval")]
+    assert evals == list(range(load(out)["step"] + 1))
 
 
 def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path):
-    """A limit on the size of files stands for it."""
     path = tmp_path / "ckpt.pt"
     save_checkpoint(path, dict(step=1))
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            save_checkpoint(path, dict(step=torch.zeros(2**16)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with full_disk(2**16), pytest.raises(OSError, match="File too large"):
+        save_checkpoint(path, dict(step=torch.zeros(2**16)))
     assert torch.load(path) == dict(step=1)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
@@ -1798,11 +1582,12 @@ def test_mistakes_of_the_first_hour_are_one_line(args, word, data, tmp_path):
     refuses(*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}/out", *args.split(), word=word)
 
 
-@pytest.mark.parametrize("folder", ["/dev/null/out", "/proc"])
-def test_a_folder_that_cannot_be_written_is_found_first(folder):
+@pytest.mark.parametrize("program, args", [
+    (prepare_data, ["nowhere"]), (train, ["--data_dir=nowhere"]), (analyze, ["curves", "nowhere"])])
+def test_a_folder_that_cannot_be_written_is_found_first(program, args):
     """Before the data is looked for."""
-    with pytest.raises(OSError):
-        train.main([*SMALL, f"--out_dir={folder}", "--data_dir=nowhere"])
+    with pytest.raises(OSError, match="/dev/null/out"):
+        program.main([*args, "--out_dir=/dev/null/out"])
 
 
 def test_data_that_is_only_half_replaced_is_refused(data, tmp_path):
@@ -1838,60 +1623,32 @@ def test_printed_commands_can_be_pasted(data, tmp_path, capsys, monkeypatch):
     assert load(out)["step"] == 6
 
 
-@pytest.mark.parametrize("to", [">&-", "| head -n 1"])
-def test_a_closed_output_does_not_end_a_training(to, data, tmp_path):
+def test_a_closed_pipe_does_not_end_a_training(data, tmp_path):
     command = shlex.join(["python", "train.py", *SMALL, f"--data_dir={data}", "--steps=12",
                           f"--out_dir={tmp_path}/out"])
-    in_a_shell(f"set -o pipefail; {command} {to}")
+    in_a_shell(f"set -o pipefail; {command} | head -n 1")
     assert load(tmp_path / "out")["step"] == 12
 
 
-def test_programs_run_where_output_is_no_file(trained, monkeypatch):
-    """As in a notebook."""
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={trained}", "--max_new_tokens=3"])
-    with contextlib.redirect_stdout(out):
-        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    assert "tok/s]" in out.getvalue()
-
-
-def test_a_tilde_is_the_home_folder(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(data, tmp_path / "data")
-    with one_thread():
-        train.main([*SMALL, "--data_dir=~/data", "--out_dir=~/run", "--steps=2"])
-    assert load(tmp_path / "run")["step"] == 2
-    sample.main(["--out_dir=~/run", "--max_new_tokens=2", "--prompt=def"])
-    assert "tok/s]" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("program", ["train", "sample", "analyze", "prepare_data"])
-def test_programs_run_without_docstrings_and_help_fits_a_terminal(program):
-    text = finished(start(["-OO", ROOT / f"{program}.py"], "--help", COLUMNS="80"))
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def in_one_line(text):
-    return " ".join(text.split())
-
-
-def printed_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    assert stop.value.code == 0
-    return in_one_line(capsys.readouterr().out)
+@pytest.mark.parametrize("program", [prepare_data, train, sample, analyze])
+def test_help_fits_a_terminal_and_needs_no_docstring(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(program, "__doc__", None)       # as with python -OO
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_help_names_every_setting(capsys, monkeypatch):
     """With its comment and its default, which need not be the one on a CPU."""
     monkeypatch.setenv("COLUMNS", "1000")       # narrower, a long word may be cut
-    text = printed_help(capsys)
-    entries = text.split(" --")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    entries = " ".join(capsys.readouterr().out.split()).split(" --")
     for field in dataclasses.fields(train.TrainConfig):
         ours = [e for e in entries if e.startswith((f"{field.name} ", f"no-{field.name} "))]
         assert len(ours) == 1, field.name
         assert re.search(rf"[a-z0-9)] \(default: {field.default}[;)]", ours[0]), ours
-    assert "--warmup_steps of linear rise from 0 (default: 100; on a CPU: 50)" in text
 
 
 def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch):
@@ -1907,8 +1664,7 @@ def test_a_run_keeps_the_data_of_its_start(data, trained, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("capability, dtype", [
-    ((7, 0), torch.float32), ((7, 5), torch.float32), ((8, 0), torch.bfloat16),
-    ((12, 0), torch.bfloat16)])
+    ((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_bfloat16_only_where_a_gpu_has_it(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert train.choose_dtype(train.TrainConfig(), torch.device("cuda")) == dtype
@@ -1923,17 +1679,13 @@ def test_overwrite_starts_anew(data, trained, tmp_path):
 
 @pytest.mark.parametrize("ffn", FFN)
 def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
-    """With as many steps as the budget buys, counted here once more for the MLP."""
-    sizes = SMALL
-    if ffn == "moe":
-        sizes = [arg for arg in SMALL if not arg.startswith(("--n_experts", "--top_k"))]
-    run(tmp_path, *sizes, f"--ffn={ffn}", "--d_ff=48", f"--data_dir={data}", "--flops=4e7",
-        "--eval_interval=100")
-    steps = load(tmp_path)["step"]
-    assert steps > 0
-    if ffn == "mlp":            # 2 layers: projections, attention, mlp
-        per_token = 2 * (8 * 32 * 32 + 4 * 32 * 32 + 4 * 32 * 48)
-        assert steps == int(4e7 // (3 * 4 * 32 * per_token))
+    sizes = ["--n_experts=4", "--top_k=2"] if ffn == "moe" else []
+    run(tmp_path, *SMALL, f"--ffn={ffn}", "--d_ff=48", *sizes, f"--data_dir={data}", "--steps=40",
+        "--learning_rate=5e-3")
+    first, last = log(tmp_path, "eval")
+    assert first["val_loss"] == pytest.approx(math.log(300) + 0.5, abs=0.35)    # unit variance
+    assert last["val_loss"] < first["val_loss"] - 0.5
+    assert last["tokens"] == 40 * 4 * 32
     sample.main([f"--out_dir={tmp_path}", "--prompt=def ", "--max_new_tokens=3"])
     assert re.search(r"\[[0-3] tokens, \d+ tok/s\]\n$", capsys.readouterr().out)
 
@@ -1952,23 +1704,14 @@ def test_a_new_layer_trains_at_once(data, tmp_path, capsys, monkeypatch):
     """And each step says what share of the peak it reached."""
     monkeypatch.setitem(FFN, "new", NewLayer)
     monkeypatch.setattr(train, "matmul_flops", lambda device, dtype: 1e6)
-    run(tmp_path, *SMALL, "--ffn=new", "--top_k=2", f"--data_dir={data}", "--steps=2")
-    assert load(tmp_path)["step"] == 2
+    run(tmp_path, *SMALL, "--ffn=new", "--top_k=2", f"--data_dir={data}", "--steps=1")
     printed = capsys.readouterr().out
     assert "note     --top_k changes nothing with ffn=new" in printed
-    lines = re.findall(r"step      \d/2 \| loss .* ([\d,]+) tok/s \| mfu ([\d.]+)% \|", printed)
-    assert len(lines) == 2
+    [line] = re.findall(r"step      1/1 \| loss .* ([\d,]+) tok/s \| mfu ([\d.]+)% \|", printed)
+    speed, mfu = line
     flops = 3 * 2 * (8 * 32 * 32 + 4 * 32 * 32 + 2 * 32 * 32)       # of a token; 2 layers
-    for speed, mfu in lines:
-        expected = 100 * flops * int(speed.replace(",", "")) / 1e6
-        assert float(mfu) == pytest.approx(expected, rel=1e-2)
-
-
-def test_settings_of_other_layers_are_named():
-    given = dict(d_ff=5, top_k=2, router="key", d_model=32)
-    assert train.idle_settings(given, "mlp") == ["top_k", "router"]
-    assert train.idle_settings(given, "moe") == ["router"]
-    assert train.idle_settings(given, "sgatlin") == ["d_ff"]
+    expected = 100 * flops * int(speed.replace(",", "")) / 1e6
+    assert float(mfu) == pytest.approx(expected, rel=1e-2)
 
 
 def test_usage_is_that_of_the_choices(data, trained):
@@ -1984,14 +1727,15 @@ def test_usage_is_that_of_the_choices(data, trained):
     entry = log(trained, "eval")[-1]
     assert entry["val_loss"] == pytest.approx(loss.item(), rel=1e-6)
     for layer, ids in enumerate(chosen):                            # (N, C, k)
-        load = np.zeros((4, 64))
-        for c in range(4):
-            for neuron in ids[:, c].flatten().tolist():
-                load[c, neuron] += 1
+        load = torch.zeros(4, 64)
+        for of_token in ids.tolist():
+            for c, neurons in enumerate(of_token):
+                load[c, neurons] += 1
         load = load.flatten()
-        differences = np.abs(load[:, None] - load[None, :]).mean()
-        assert entry["used"][layer] == pytest.approx((load > 0).mean(), abs=1e-5)
-        assert entry["gini"][layer] == pytest.approx(differences / (2 * load.mean()), abs=1e-5)
+        differences = (load[:, None] - load).abs().mean()
+        gini = (differences / (2 * load.mean())).item()
+        assert entry["used"][layer] == pytest.approx((load > 0).float().mean().item(), abs=1e-5)
+        assert entry["gini"][layer] == pytest.approx(gini, abs=1e-5)
 
 
 def test_induction_is_that_of_the_patterns(trained, monkeypatch):
@@ -2020,32 +1764,30 @@ def test_induction_is_that_of_the_patterns(trained, monkeypatch):
 
 
 def test_data_order_is_a_function_of_seed_and_step(data):
-    def new(seed):
-        return train.Data(data, block_size=32, seed=seed)
-
-    one = new(1)
+    one = train.Data(data, block_size=32, seed=1)
+    other = train.Data(data, block_size=32, seed=2)
     n_windows = one.n_windows()
     steps = math.ceil(n_windows / 8)
     batches = [one.train_starts(step, 8) for step in range(2 * steps)]
-    for step in (steps, 0, 3 * steps // 2):                 # in any order, from a fresh start
-        assert np.array_equal(new(1).train_starts(step, 8), batches[step])
-        assert not np.array_equal(new(2).train_starts(step, 8), batches[step])
-    epochs = np.split(np.concatenate(batches)[:2 * n_windows], 2)
-    shifts = []
-    for epoch in epochs:
+    again = train.Data(data, block_size=32, seed=1)
+    for step in (steps, 0, 3 * steps // 2):                 # in any order
+        assert np.array_equal(again.train_starts(step, 8), batches[step])
+        assert not np.array_equal(other.train_starts(step, 8), batches[step])
+    first, second = np.split(np.concatenate(batches)[:2 * n_windows], 2)
+    for epoch in (first, second):
         assert len(np.unique(epoch)) == n_windows           # a pass takes each window once
         assert len(np.unique(epoch % 32)) == 1              # and cuts the text in one way
-        shifts.append(epoch[0] % 32)
-    assert shifts[0] != shifts[1]
-    tokens = np.fromfile(data / "train.bin", "<u2").astype(np.int64)
+    assert first[0] % 32 != second[0] % 32
+    tokens = np.fromfile(data / "train.bin", "<u2")
     x, y = one.windows("train", batches[0])
-    for row, first in enumerate(batches[0]):
-        assert np.array_equal(x[row], tokens[first:first + 32])
-        assert np.array_equal(y[row], tokens[first + 1:first + 33])
+    for row, start in enumerate(batches[0]):
+        assert x[row].tolist() == tokens[start:start + 32].tolist()
+        assert y[row].tolist() == tokens[start + 1:start + 33].tolist()
 
 
 def test_schedule_and_optimizer_are_those_of_the_paper():
-    cfg = train.TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
+    cfg = train.TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2,
+                            ffn_rate=0.25)
     golden = {0: 0.0, 1: 9.999959729611874e-06, 50: 0.0005000000237487257,
               99: 0.0009900000877678394, 100: 0.0010000000474974513, 799: 0.0010000000474974513,
               800: 0.0010000000474974513, 801: 0.0009292893810197711, 850: 0.0005000000237487257,
@@ -2054,62 +1796,43 @@ def test_schedule_and_optimizer_are_those_of_the_paper():
         assert train.schedule(step, cfg) == pytest.approx(lr, abs=1e-8)
     for ffn in FFN:                 # the biases of moe's experts are tensors of two dimensions
         model = tiny(ffn)
-        decayed = {}
-        for group in train.make_optimizer(model, cfg).param_groups:
+        optimizer = train.make_optimizer(model, cfg)
+        train.set_learning_rate(optimizer, 1e-3)
+        group_of = {}
+        for group in optimizer.param_groups:
             assert group["betas"] == (0.9, 0.999)
             for p in group["params"]:
-                decayed[id(p)] = group["weight_decay"]
+                group_of[p] = group
         for name, p in model.named_parameters():
-            assert decayed[id(p)] == (0.0 if name.endswith(("scale", "b1", "b2")) else 0.1), name
-
-
-@pytest.mark.parametrize("ffn", FFN)
-def test_feedforward_layers_have_a_learning_rate_of_their_own(ffn):
-    """The first step of AdamW changes a parameter by its learning rate, up or down."""
-    cfg = train.TrainConfig(vocab_size=30, d_model=32, d_head=16, n_layer=1, n_experts=64, top_k=4,
-                            n_channels=2, d_key=16, ffn=ffn, ffn_rate=0.25, weight_decay=0.0)
-    torch.manual_seed(0)
-    model = GPT(cfg)
-    optimizer = train.make_optimizer(model, cfg)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train.set_learning_rate(optimizer, 1e-3)
-    x = torch.randint(30, (4, 16))
-    model(x, x.roll(-1, 1))[1].backward()
-    optimizer.step()
-    for name, p in model.named_parameters():
-        lr = 2.5e-4 if name.startswith("blocks.0.ffn.") else 1e-3
-        assert (p - before[name]).abs().max().item() == pytest.approx(lr, rel=1e-2), name
+            bias = name.endswith(("scale", "b1", "b2"))
+            assert group_of[p]["weight_decay"] == (0.0 if bias else 0.1), name
+            assert group_of[p]["lr"] == (2.5e-4 if ".ffn." in name else 1e-3), name
 
 
 @one_thread()
-def test_sampling_equals_the_full_forward_and_slides(trained):
+def test_sampling_equals_the_full_forward_and_slides():
     """Greedy tokens from the cache are those of a model without one, also beyond block_size.
 
     In float64: rounding can tip the choice between two tokens of all but equal score.
     """
-    encoding = prepare_data.load_tokenizer(**load(trained)["tokenizer"])
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=300, block_size=32, d_model=32, d_head=16, n_layer=2,
-                          ffn="mlp")).double()
-    prompt = encoding.encode("def forward(self, x):")
-    context = prompt[-32:]
+    model = tiny("mlp").double()
+    prompt = tokens(1, 20)[0].tolist()
+    context = prompt[-12:]
     truth = []
-    for _ in range(80):
-        if len(context) > 32:
-            context = context[-16:]                 # a full context keeps its last half
+    for _ in range(40):
+        if len(context) > 12:
+            context = context[-6:]                  # a full context keeps its last half
         logits, _ = model(torch.tensor([context]))
-        truth.append(int(logits[0, -1, :300].argmax()))
+        truth.append(int(logits[0, -1].argmax()))
         context = context + truth[-1:]
-    assert list(model.generate(prompt, 80, temperature=0, vocab_size=300)) == truth
-    generator = torch.Generator().manual_seed(0)
-    for cut in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-6)):
-        drawn = model.generate(prompt, 80, vocab_size=300, generator=generator, **cut)
-        assert list(drawn) == truth
-    texts = []
-    for seed in (1, 1, 2):
+
+    def drawn(seed, **settings):
         generator = torch.Generator().manual_seed(seed)
-        texts.append("".join(stream(model, encoding, "x" * 500, 40, generator=generator)))
-    assert texts[0] == texts[1] != texts[2]
+        return list(model.generate(prompt, 40, vocab_size=50, generator=generator, **settings))
+
+    for settings in (dict(temperature=0), dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-6)):
+        assert drawn(0, **settings) == truth
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_prompt_may_end_within_a_token(trained):
@@ -2154,20 +1877,18 @@ def test_stream_ends_at_endoftext_and_prints_whole_characters():
 # analyze.py: golden values, brute force, and a model whose circuits are planted
 
 @pytest.mark.parametrize("shape, tag, mix, value", [
-    ((12, 5, 7), 700, 0.0, 0.31252846), ((40, 6, 6), 710, 0.7, 0.96049237),
-    ((8, 20, 3), 720, 0.0, 0.51489967), ((30, 4, 4), 730, 1.0, 1.0)])
+    ((12, 5, 7), 700, 0.0, 0.31252846), ((40, 6, 6), 710, 0.7, 0.96049237)])
 def test_cka_is_that_of_the_paper(shape, tag, mix, value):
-    x = fill((shape[0], shape[1]), tag, 1.0, 0.25)
-    y = fill((shape[0], shape[2]), tag + 1, 1.0)
-    y = np.float32(-2 * mix * x + (1 - mix) * y) if mix else y
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    M, D, F = shape
+    x = torch.from_numpy(fill((M, D), tag, 1.0, 0.25))
+    y = torch.from_numpy(fill((M, F), tag + 1, 1.0))
+    if mix:
+        y = -2 * mix * x + (1 - mix) * y
     assert analyze.gram_cka(x @ x.T, y @ y.T) == pytest.approx(value, abs=1e-6)
-    ones = torch.ones(shape[0], shape[0])
-    assert analyze.gram_cka(ones, y @ y.T) == pytest.approx(0, abs=1e-6)
 
 
 def test_indirect_effect_is_that_of_the_paper():
-    """Its preferences are between sets of answers; ours, of one answer each, follow by hand."""
+    """Its preferences are between sets of answers; ours are of one answer each."""
     clean = torch.tensor([[[2, 3], [4, 5], [0, 9], [7, 7]]])
     other = torch.tensor([[[1, 6], [8, 2], [3, 4], [5, 0]]])
     m = []
@@ -2176,39 +1897,25 @@ def test_indirect_effect_is_that_of_the_paper():
         m.append((logits.gather(-1, clean).logsumexp(-1) - logits.gather(-1, other).logsumexp(-1)))
     effect = torch.tensor([[0.7510543, 0.4356129, 2.4044633, 1.5351280]])
     torch.testing.assert_close(analyze.indirect_effect(*m), effect, atol=1e-5, rtol=0)
-    logits = torch.tensor([[1.0, 2, 4], [8, 16, 32]])
-    found = analyze.preferences(logits, torch.tensor([0, 2]))
-    assert found.tolist() == [[0, 1 - 4], [32 - 8, 0]]
-
-
-def test_similarity_equals_the_dense_product():
-    torch.manual_seed(0)
-    values = torch.randn(300, 6)
-    rows = torch.stack([torch.randperm(40)[:6] for _ in range(300)]).int()
-    dense = torch.zeros(300, 40).scatter_(1, rows.long(), values)
-    gram = analyze.gram(analyze.Circuits(values, rows, 40))
-    torch.testing.assert_close(gram, dense @ dense.T, atol=1e-5, rtol=1e-5)
-
-
-def test_contexts_are_equal_where_the_last_tokens_are():
-    tokens = torch.randint(0, 3, (40, 30), generator=torch.Generator().manual_seed(0)).numpy()
-    contexts = analyze.contexts_of(tokens).view(40, 30)
-    for a, b in itertools.product(range(40), range(40)):
-        same = (tokens[a, :4] == tokens[b, :4]).all()
-        assert same == (contexts[a, 3] == contexts[b, 3])
 
 
 def test_neighbors_are_the_best_of_other_keys_and_different_contexts():
+    """Against the dense product of the sparse circuits."""
     torch.manual_seed(0)
-    unit = torch.nn.functional.normalize(torch.randn(300, 40))
-    circuits = analyze.Circuits(unit, torch.arange(40).int().expand(300, 40).contiguous(), 40)
-    contexts = torch.arange(300) // 2       # every context occurs twice
+    values = torch.nn.functional.normalize(torch.randn(300, 6))
+    rows = torch.stack([torch.randperm(40)[:6] for _ in range(300)]).int()
+    circuits = analyze.Circuits(values, rows, 40)
+    dense = torch.zeros(300, 40).scatter_(1, rows.long(), values)
+    tokens = np.tile(np.random.default_rng(0).integers(0, 2, (15, 10)), (2, 1))  # all windows twice
+    windows = tokens.tolist()
+    contexts = analyze.contexts_of(torch.from_numpy(tokens))
+    ends = [windows[place // 10][:place % 10 + 1][-analyze.CONTEXT:] for place in range(300)]
     keys = torch.arange(300) % 7
     found = analyze.find_neighbors(circuits, keys, circuits, keys, contexts)
     for query, near in enumerate(found):
         best = []
-        for i in (unit @ unit[query]).argsort(descending=True).tolist():
-            if i % 7 != query % 7 and i // 2 not in [j // 2 for j in best]:
+        for i in (dense @ dense[query]).argsort(descending=True).tolist():
+            if i % 7 != query % 7 and ends[i] not in [ends[j] for j in best]:
                 best.append(i)
         assert [i for i, _ in near] == best[:analyze.NEIGHBORS]
 
@@ -2287,28 +1994,12 @@ def planted(tmp_path_factory):
     return folder
 
 
-def dense_run(folder):
-    torch.manual_seed(0)
-    write_run(folder, GPT(GPTConfig(**PLANTED, ffn="mlp")), "some text " * 8, "more text " * 8)
-
-
 def test_planted_neighbours_are_found(planted):
     run = analyze.Run(planted)
-    expected = torch.tensor([20.0, 13.0])
-    torch.testing.assert_close(run.trained.gates[0, 0], expected, atol=1e-3, rtol=0)
     source = analyze.record(run.model, torch.tensor([run.prompt("b")]))
     [near] = analyze.nearest_circuits(run, source, [1], 0)
     assert {run.trained.tokens.flat[place] for place, _ in near} == {ord("b")}
     assert [similarity for _, similarity in near] == pytest.approx([1] * 10)
-    # of other letters a and c are nearest, whose gate of 13 meets one of 20
-    circuits = run.trained.circuits(0)
-    ids = torch.from_numpy(run.trained.tokens.ravel())
-    place = ids.tolist().index(ord("b"))
-    [near] = analyze.find_neighbors(circuits.at([place]), ids[[place]], circuits, ids,
-                                    run.trained.contexts)
-    assert {ids[other].item() for other, _ in near} <= set(b"ac")
-    cosine = 13 * 20 / (20**2 + 13**2)
-    assert [value for _, value in near] == pytest.approx([cosine] * 10)
 
 
 def test_planted_class_shares(planted, capsys):
@@ -2319,39 +2010,34 @@ def test_planted_class_shares(planted, capsys):
     label = ids // 4 % 2
     places = np.arange(128)
     shares = analyze.class_shares(run.trained, run.trained.circuits(0), places, label)
+    chance = analyze.chance_shares(run.trained, places, label)
     near = {"a": "bd", "b": "ac", "c": "bd", "d": "ca", "e": "fh", "f": "eg", "g": "fh", "h": "ge"}
     for query, letter in enumerate(ids):
         own = [ord(other) // 4 % 2 == letter // 4 % 2 for other in near[chr(letter)]]
         assert min(own) <= shares[query] <= max(own)
+        # half the other letters but one, all of them equally frequent
+        assert chance[query] == pytest.approx(3 / 7)
     analyze.main(["classes", "--layer=0", f"--out_dir={planted}"])
     assert re.search(r"  all +128 +\d\.\d+ ± ", capsys.readouterr().out)
-    chance = analyze.chance_shares(run.trained, places, label)
-    for query, letter in enumerate(ids):
-        same = [other // 4 % 2 == letter // 4 % 2 for other in b"abcdefgh" if other != letter]
-        assert chance[query] == pytest.approx(np.mean(same))
 
 
 def test_planted_usage_and_coactivation(planted, capsys):
     run = analyze.Run(planted)
-    rows = run.trained.rows[0]
     P = torch.zeros(16, 16)
     for i in range(8):
         group = i // 4 * 4
         P[i, i] = 1
         P[i, group + (i + 1) % 4] = P[i, group + (i - 1) % 4] = 0.5
-    torch.testing.assert_close(analyze.coactivation(rows, 16), P.double())
-    torch.testing.assert_close(analyze.coactivation(rows, 4), P[:4, :4].double())
-    assert analyze.shared_subkeys(rows, 4) == pytest.approx([1 / 3, 0, 0])  # 2 of 3, half the time
+    torch.testing.assert_close(analyze.coactivation(run.trained.rows[0], 16), P.double())
     analyze.main(["usage", f"--out_dir={planted}"])
     out = capsys.readouterr().out
     assert re.search(r"^  0 +0.500 +0.500$", out, re.M)         # 8 of 16, all alike
-    assert re.search(r"^  0 +trained +0.333 +0.000 +0.000$", out, re.M)
+    assert re.search(r"^  0 +trained +0.333 +0.000 +0.000$", out, re.M)     # 2 of 3, half the time
 
 
 def test_planted_patches_have_their_effects(planted, capsys):
     run = analyze.Run(planted)
     template = analyze.Template(run, ".{}")
-    assert (template.prefix, template.suffix) == ([ord(".")], [])
     facts = analyze.find_facts(run, template)       # p → A is not one, for A is a's answer
     assert facts == [tuple(b"fF"), tuple(b"kK"), tuple(b"aA")]
     assert analyze.given_facts(run, template, "f:F, k:K\na : A") == facts
@@ -2379,10 +2065,7 @@ def test_a_prompts_own_gates_change_nothing():
     for position, source in itertools.product(range(5), range(3)):
         patched = analyze.patched_logits(model, prompts, gates, [0, 1], position, source)
         assert torch.equal(patched[source], logits[source])
-        changed = [not torch.equal(patched[i], logits[i]) for i in range(3)]
-        same = [torch.equal(prompts[i, :position + 1], prompts[source, :position + 1])
-                for i in range(3)]
-        assert changed == [not equal for equal in same]
+    assert not torch.equal(patched[0], logits[0])       # but another's do
 
 
 def test_blanks_of_facts_are_those_of_the_template(planted):
@@ -2393,19 +2076,15 @@ def test_blanks_of_facts_are_those_of_the_template(planted):
         assert template.word_blank + template.answer_blank == expected
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("n_layer", [1, 2, 3])
-def test_shares_of_tokens_add_up_to_the_logit(n_layer, norm, dtype, tolerance):
-    torch.manual_seed(n_layer)
-    model = tiny(n_layer=n_layer, norm=norm).to(dtype).eval()
+@pytest.mark.parametrize("norm, dtype, tolerance", [
+    (True, torch.float32, 1e-4), (True, torch.float64, 1e-9), (False, torch.float64, 1e-9)])
+def test_shares_of_tokens_add_up_to_the_logit(norm, dtype, tolerance):
+    model = tiny(n_layer=3, norm=norm).to(dtype).eval()
     for seed in range(10):
         prompt = tokens(1, 12, seed)[0].tolist()
         logits = model(torch.tensor([prompt]))[0][0, -1]
         best = logits.argmax().item()
-        against_mean = analyze.explain(model, prompt)
-        assert against_mean.target == best
-        for found, truth in ((against_mean, logits[best] - logits.mean()),
+        for found, truth in ((analyze.explain(model, prompt), logits[best] - logits.mean()),
                              (analyze.explain(model, prompt, 3, 5), logits[3] - logits[5])):
             assert found.logit == truth.item()
             assert abs(found.token_shares.double().sum().item() - truth.item()) < tolerance
@@ -2450,27 +2129,6 @@ def test_shares_are_what_a_linear_model_computes_from_each_part():
         kept[layer] = (gates, ids)
 
 
-def test_switching_off_a_last_neuron_takes_its_share():
-    """While the scale of the final norm is held."""
-    torch.manual_seed(0)
-    model = tiny(n_layer=2).double()
-    run = argparse.Namespace(model=model, cfg=model.cfg, device="cpu")
-    found = analyze.explain(model, tokens(1, 12)[0].tolist())
-    scales = []
-
-    def hold(norm, inputs, output):
-        x = inputs[0]
-        scales.append(torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
-        return x * scales[0] * norm.scale
-
-    model.norm.register_forward_hook(hold)
-    assert analyze.logit_without(run, found, []) == pytest.approx(found.logit, abs=1e-12)
-    for j, share in enumerate(found.neuron_shares[-1, -1].tolist()):
-        changed = analyze.logit_without(run, found, [(1, 11, j)])
-        assert found.logit - changed == pytest.approx(share, abs=1e-12)
-    assert found.neuron_shares[-1, :-1].abs().max() == 0
-
-
 def test_planted_shares_and_cards(planted):
     """At an a the final stream is 1 at a, 20 at A and 13 at B; its rms is what scales logits."""
     run = analyze.Run(planted)
@@ -2479,15 +2137,15 @@ def test_planted_shares_and_cards(planted):
     assert found.logit == pytest.approx((20 - 13) / rms, rel=1e-3)
     assert found.token_shares.tolist() == pytest.approx([0, 7 / rms], rel=1e-3, abs=1e-6)
     assert found.recording.rows[0].tolist() == [[1, 2], [0, 1]]
-    shares = [[0, 0], [20 / rms, -13 / rms]]
-    assert found.neuron_shares[0].tolist() == [pytest.approx(row, rel=1e-3) for row in shares]
+    assert found.neuron_shares[0, 1].tolist() == pytest.approx([20 / rms, -13 / rms], rel=1e-3)
     card, unused = analyze.neuron_cards(run, 0, [0, 15])
     assert card["use"] == 2 / 8 and unused["use"] == 0 and unused["excerpts"] == []  # of a and d
     assert [product for product, _ in card["excerpts"]] == pytest.approx([20] * 8, rel=1e-3)
     assert all(run.trained.tokens.flat[place] == ord("a") for _, place in card["excerpts"])
     assert card["promotes"][0] == (ord("A"), pytest.approx(1 - 1 / 257, abs=1e-3))
-    assert {chr(token) for token, _ in card["reads"]} <= set("abcdefghijklmnopABCDEFGHIJKLMNOP")
-    assert card["reads"][0][1] == pytest.approx(1, rel=1e-3)
+    for token, value in card["reads"]:
+        assert chr(token).lower() in "abcdefghijklmnop"
+        assert value == pytest.approx(1, rel=1e-3)
 
 
 def test_planted_controls(planted, capsys):
@@ -2495,16 +2153,14 @@ def test_planted_controls(planted, capsys):
     run = analyze.Run(planted)
     rms = ((1 + 20**2 + 13**2) / 32)**0.5
     rms_without = ((1 + 13**2) / 32)**0.5
-    windows = run.validation()
-    changes = analyze.controls(run, windows, 1)
+    changes = analyze.controls(run, run.validation(), 1)
     before = (20 - 34 / 257) / rms
     after = -14 / 257 / rms_without
     named, control = changes.values()
     for pair in named:
         assert pair == pytest.approx((-20 / rms * 256 / 257, after - before), rel=1e-3)
-    for predicted, actual in control:       # the other neuron of the letter
+    for predicted, _ in control:        # the other neuron of the letter
         assert predicted == pytest.approx(13 / rms / 257, rel=1e-3)
-        assert actual > predicted
     analyze.main(["explain", "--prompt=ba", "--against=B", "--controls", f"--out_dir={planted}"])
     out = capsys.readouterr().out
     assert "The logit of A as the next token, less that of B, is 1.6585" in out
@@ -2524,23 +2180,22 @@ def page(planted):
 
 def test_planted_page_holds_what_is_true(page):
     data, _ = page
-    assert [item["text"][1] for item in data["passage"]] == ["<|endoftext|>", "b", "a"]
-    for letter, item, neurons in (("b", data["passage"][1], [[1, 20], [2, 13]]),
-                                  ("a", data["passage"][2], [[0, 20], [1, 13]])):
+    _, b, a = data["passage"]
+    for letter, item, neurons in (("b", b, [[1, 20], [2, 13]]), ("a", a, [[0, 20], [1, 13]])):
         layer = item["layers"][0]
-        assert len(layer["near"]) == 8 and {distance for _, distance in layer["near"]} == {0}
-        for place, _ in layer["near"]:
+        assert item["text"][1] == letter
+        assert len(layer["near"]) == 8
+        for place, distance in layer["near"]:
+            assert distance == 0
             assert data["texts"][place][1] == letter
             assert data["texts"][place][3].startswith(letter.upper() + " ")
         assert np.round(layer["neurons"]).tolist() == neurons
         assert item["next"][0][0] == ord(letter.upper())
-    why = data["passage"][2]["why"]
-    assert why["target"] == ord("A") and why["shares"][:2] == [0, 0]
-    assert sum(why["shares"]) == pytest.approx(why["logit"], abs=2e-3)
-    layer, at, row, share, product = why["neurons"][0]
-    assert (layer, at, row) == (0, 2, 0) and share > 0 and product == pytest.approx(20, abs=1e-2)
-    for row, name in enumerate("ABC"):
-        assert data["cards"][f"0 {row}"]["promotes"][0][0] == ord(name)
+    assert a["why"]["target"] == ord("A")
+    assert sum(a["why"]["shares"]) == pytest.approx(a["why"]["logit"], abs=2e-3)
+    layer, t, row, *_ = a["why"]["neurons"][0]
+    assert (layer, t, row) == (0, 2, 0)
+    assert data["cards"]["0 0"]["promotes"][0][0] == ord("A")
 
 
 def shown_by_browser(path):
@@ -2562,22 +2217,16 @@ def test_the_page_is_one_file_with_a_map_to_click(planted, tmp_path):
     text = whole.replace(plotly.get_plotlyjs(), "")
     assert not re.search(r"""(src|href|url\()=?["']?(https?:)?//""", text)
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
-    assert len(data["passage"]) == 16 and len(data["points"]) == 80      # ten of each letter
+    assert len(data["points"]) == 80        # ten of each letter
     assert len(data["views"]) == 3 and "untrained" in data["views"][2]["name"]
-    for view in data["views"]:
-        assert np.array(view["xy"]).shape == (80, 2)
     for point in data["points"]:        # every neuron that is shown has its card
         assert all(f"0 {row}" in data["cards"] for row, _ in point["layers"][0]["neurons"])
-    name, x, y = data["views"][0]["names"][0]
-    own = [xy for xy, point in zip(data["views"][0]["xy"], data["points"])
-           if point["text"][1] == name]
-    assert [x, y] == np.median(own, axis=0).tolist()
     click = 'map.emit("plotly_click", { points: [{ customdata: 0 }] });'
     (tmp_path / "map.html").write_text(f"{whole}<script>{click}</script>")
     text = shown_by_browser(tmp_path / "map.html")
     details = text[text.index('id="details"'):text.index('id="data"')]
     assert f"<mark>{data['points'][0]['text'][1]}</mark>" in details[:details.index("Nearest")]
-    assert "scatterlayer" in text and "What carries" not in details
+    assert "scatterlayer" in text
 
 
 def test_the_page_shows_what_it_holds(page, tmp_path):
@@ -2598,16 +2247,15 @@ def test_the_page_shows_what_it_holds(page, tmp_path):
     assert "Its neurons in layer 1" in shown_by_browser(tmp_path / "b.html")
 
 
-def test_text_is_shown_as_it_is(planted, tmp_path, capsys):
+def test_text_is_shown_as_it_is(planted, capsys):
     """Quotation marks, tags and control characters, in the terminal and on the page."""
     text = "«\x1b\x00»<i>"
-    analyze.main(["neighbors", f"--prompt={text[:4]}", f"--out_dir={planted}", "--windows=2"])
-    analyze.main(["explain", f"--prompt={text[:4]}", f"--out_dir={planted}"])
+    for command in ("neighbors", "explain"):
+        analyze.main([command, f"--prompt={text[:4]}", f"--out_dir={planted}"])
     out = capsys.readouterr().out
     assert "␛" in out and "␀" in out and "\x1b" not in out and "\x00" not in out
     run = analyze.Run(planted)
-    prompt = np.array([run.prompt(text)])
-    assert run.excerpt(prompt, 3) == ["<|endoftext|>«", "␛", "␀»<"]
+    assert run.excerpt(np.array([run.prompt(text)]), 3) == ["<|endoftext|>«", "␛", "␀»<"]
     data = dict(x="</script><!-- »\u2028&")
     body = analyze.page_body(data)
     held = body[body.index('id="data">') + 10:body.rindex("</script><script>")]
@@ -2616,26 +2264,18 @@ def test_text_is_shown_as_it_is(planted, tmp_path, capsys):
 
 # commands
 
-def test_commands_print_to_anything(planted, monkeypatch, capsys):
-    """Standard output may be a StringIO, as in a notebook, or closed."""
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    for command in (["neighbors", "--prompt=ba"], ["neuron", "0", "0:0"]):
-        analyze.main([*command, f"--out_dir={planted}"])
-    out = sys.stdout.getvalue()
-    assert "cosine distance" in out and "chosen by 25.000% of 128 tokens" in out
-    monkeypatch.setattr(sys, "stdout", None)
-    analyze.main(["neuron", "0", "0:0", f"--out_dir={planted}"])
-
-
-def test_paths_are_those_of_a_shell_and_data_may_move(planted, tmp_path, monkeypatch, capsys):
+def test_paths_are_those_of_a_shell_and_data_may_move(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copy(planted / "ckpt.pt", tmp_path)
-    shutil.copytree(planted / "data", tmp_path / "moved")
-    state = torch.load(tmp_path / "ckpt.pt")
-    state["config"]["data_dir"] = "nowhere"
-    torch.save(state, tmp_path / "ckpt.pt")
-    analyze.main(["neuron", "0", "0:0", "--out_dir=~", "--data_dir=~/moved"])
-    assert "Neuron 0:0 of layer 0" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text(STORY * 20)
+    prepare_data.main(["~/a.txt", "--tokenizer=bytes", "--out_dir=~/data"])
+    with one_thread():
+        train.main([*SMALL, "--data_dir=~/data", "--out_dir=~/run", "--steps=2"])
+    assert load(tmp_path / "run")["step"] == 2
+    sample.main(["--out_dir=~/run", "--max_new_tokens=2", "--prompt=def"])
+    (tmp_path / "data").rename(tmp_path / "moved")
+    analyze.main(["neuron", "0", "0:0", "--out_dir=~/run", "--data_dir=~/moved"])
+    out = capsys.readouterr().out
+    assert "tok/s]" in out and "Neuron 0:0 of layer 0" in out
 
 
 def test_models_without_context_can_be_read(tmp_path, capsys):
@@ -2644,43 +2284,22 @@ def test_models_without_context_can_be_read(tmp_path, capsys):
     write_run(tmp_path, model, ".aA.fF.kK" * 6, "abcdefgh" * 5)
     run = analyze.Run(tmp_path)
     assert analyze.page_data(run, run.prompt(None), 0, with_map=False)["passage"][0]["next"]
-    for command in ("usage", "explain", "neighbors"):
-        analyze.main([command, f"--out_dir={tmp_path}"])
     analyze.main(["explain", "--controls", f"--out_dir={tmp_path}"])
     assert "0.000 ±" not in capsys.readouterr().out
 
 
-def test_an_unwritable_folder_is_found_before_the_computing(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "read_runs", lambda run: pytest.fail("it computes"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        analyze.main(["curves", "run", f"--out_dir={tmp_path}/file/out"])
-
-
-def test_help_needs_no_docstrings(monkeypatch, capsys):
-    monkeypatch.setattr(analyze, "__doc__", None)       # as with python -OO
-    with pytest.raises(SystemExit):
-        analyze.main(["usage", "--help"])
-    out = capsys.readouterr().out
-    assert "--windows" in out and "--prompt" not in out
-
-
 @pytest.mark.parametrize("argv, message", [
-    (["usage", "--out_dir=nowhere"], "nowhere"),
-    (["neighbors", "--prompt=" + "a" * 16], "17 tokens"),
+    (["usage", "--out_dir=nowhere"], "nowhere"), (["neighbors", "--prompt=" + "a" * 16], "17 tok"),
     (["explain", "--prompt=a", "--token=AB"], "is 2 tokens ('A' 'B')"),
     (["neuron", "0", "0:16"], "neuron 0:16"), (["usage", "--layer=2"], "layer 2"),
-    (["patch", "--template=abc"], "needs one {}"), (["patch", "--template=q{}"], "0 facts"),
-    (["patch", "--template=.{}", "--facts=a:A,f:FF"], "is 2 tokens"),
-    (["mimic"], "ffn=sgatlin"), (["curves", "empty"], "none of these")])
+    (["patch", "--template=q{}"], "0 facts"), (["mimic"], "ffn=sgatlin, not mlp"),
+    (["curves", "empty"], "none of these")])
 def test_likely_mistakes_end_with_one_line(planted, tmp_path, argv, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("")
-    if "--out_dir=nowhere" not in argv:
-        argv = [*argv, f"--out_dir={planted}"]
     with pytest.raises(SystemExit) as stop:
-        analyze.main(argv)
-    assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+        analyze.main([*argv[:1], f"--out_dir={planted}", *argv[1:]])
+    assert message in stop.value.code and "\n" not in stop.value.code
 
 
 @pytest.mark.parametrize("part, change", [
@@ -2699,20 +2318,16 @@ def test_what_would_be_wrong_in_silence_is_refused(planted, tmp_path, part, chan
 def test_gaussian_inputs_have_the_mean_and_the_covariance():
     torch.manual_seed(0)
     x = torch.randn(1000, 5).exp() @ torch.randn(5, 6) + torch.arange(6)      # skewed, of rank 5
-    samples = analyze.gaussian_like(x, 200_000).double()
-    centred = samples - samples.mean(0)
-    covariance = x.double().T.cov()
-    variance = covariance.diagonal()
-    bound = 5 * (variance / 200_000).sqrt()
-    assert ((samples.mean(0) - x.double().mean(0)).abs() < bound).all()
-    squared_error = (variance[:, None] * variance + covariance**2) / 200_000
-    assert ((samples.T.cov() - covariance).abs() < 5 * squared_error.sqrt()).all()
-    assert ((centred / variance.sqrt())**3).mean(0).abs().max() < 0.05      # and no skewness
+    samples = analyze.gaussian_like(x, 200_000)
+    scale = x.std(0)
+    assert ((samples.mean(0) - x.mean(0)) / scale).abs().max() < 0.02
+    assert ((samples.T.cov() - x.T.cov()) / scale / scale[:, None]).abs().max() < 0.02
+    centred = (samples - samples.mean(0)) / scale
+    assert (centred**3).mean(0).abs().max() < 0.05      # and no skewness
 
 
 def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
     """The teacher has 64 linear neurons, and uses the one whose centre its input is near."""
-    assert analyze.unexplained(torch.eye(3), torch.eye(3)) == 0
     assert analyze.unexplained(torch.eye(3), torch.full((3, 3), 1 / 3)) == pytest.approx(1)
     torch.manual_seed(1)
     centres, w_in, w_out = torch.randn(3, 64, 16)
@@ -2726,28 +2341,26 @@ def test_a_sparse_teacher_is_mimicked_by_the_sparse_student():
         analyze.fit(student, x[:3072], y[:3072], 150)
         left[name] = analyze.unexplained(y[3072:], analyze.outputs(student, x[3072:]))
     assert left["sgatlin"] < 0.01
-    covariance = y[3072:].T.cov()       # 8 dense neurons write into 8 of the 16 dimensions at most
-    assert left["dense"] > torch.linalg.eigvalsh(covariance)[:8].sum() / covariance.trace() > 0.1
+    assert left["dense"] > 0.1      # its 8 neurons write into 8 of the 16 dimensions
 
 
 def test_mimic(tmp_path, monkeypatch, capsys):
-    dense_run(tmp_path)
+    torch.manual_seed(0)
+    write_run(tmp_path, GPT(GPTConfig(**PLANTED, ffn="mlp")), "some text " * 8, "more text " * 8)
     run = analyze.Run(tmp_path, ffn="mlp")
     windows = run.validation()
-    inputs = analyze.layer_inputs(run, 1, windows)
+    ffn = run.model.blocks[1].ffn
     seen = []
-    with run.model.blocks[1].ffn.register_forward_hook(lambda _, x, y: seen.append((x[0], y))):
+    with ffn.register_forward_hook(lambda _, x, y: seen.append(y)):
         run.model(windows)
-    torch.testing.assert_close(inputs, seen[0][0].flatten(0, 1))
-    torch.testing.assert_close(analyze.outputs(run.model.blocks[1].ffn, inputs),
-                               seen[0][1].flatten(0, 1))
+    inputs = analyze.layer_inputs(run, 1, windows)
+    torch.testing.assert_close(analyze.outputs(ffn, inputs), seen[0].flatten(0, 1))
     monkeypatch.setattr(analyze, "ACTIVE", (8,))
-    for _ in range(2):
-        analyze.main(["mimic", f"--out_dir={tmp_path}", "--steps=3", "--device=cpu"])
-    first, second = capsys.readouterr().out.split("Variance")[1:]
-    assert first.strip() == second.strip() and "of layer 1" in first
+    analyze.main(["mimic", f"--out_dir={tmp_path}", "--steps=3", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert "of layer 1" in out
     for kind in ("real", "Gaussian"):
-        assert re.search(rf"{kind} +8 +\d\.\d+ +\d\.\d+ +\d\.\d+", first)
+        assert re.search(rf"{kind} +8 +\d\.\d+ +\d\.\d+ +\d\.\d+", out)
 
 
 def test_addition_is_that_of_integers():
@@ -2766,7 +2379,6 @@ def test_without_its_ffn_a_model_is_one_whose_last_weights_are_zero(name):
     model = analyze.addition_model(name, True, 0)
     whole = analyze.right_digits(model, inputs, targets)
     zeroed = analyze.right_without_ffn(model, inputs, targets)
-    assert analyze.right_digits(model, inputs, targets) == whole        # the hook is gone
     with torch.no_grad():
         for key, p in model.blocks[0].ffn.named_parameters():
             if key in ("down.weight", "w2", "b2", "w_out"):
@@ -2788,14 +2400,12 @@ def test_redistribute(monkeypatch, capsys):
     assert re.search(rf"sgatlin +{cells[False]} +- +{cells[True]} +0 of 4", out)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
-def test_children_end_with_their_parent(name):
-    if not hasattr(signal, name):
-        pytest.skip(f"no {name} here")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_children_end_with_their_parent(number):
     command = [sys.executable, "analyze.py", "redistribute", "--device=cpu", "--steps=100"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     process.stderr.readline()           # the first model is trained, others are being
-    process.send_signal(getattr(signal, name))
+    process.send_signal(number)
     process.wait(timeout=20)
     try:
         for _ in range(200):
@@ -2840,7 +2450,6 @@ def groups_of(runs):
 def budget_runs(tmp_path):
     return [run_log(tmp_path / "a", "sgatlin", (8, 4.2, 3.1)),
             run_log(tmp_path / "b", "sgatlin", (8, 3.8, 2.9), seed=1),
-            run_log(tmp_path / "c", "sgatlin", (8, 3.4, 3.2), ffn_rate=0.5),
             run_log(tmp_path / "d", "sgatlin", (8, 4, 2.5), activation="swish", norm=False),
             run_log(tmp_path / "e", "mlp", (8, 5, 3.5), seconds=80),
             run_log(tmp_path / "f", "mlp", (8, 5, 3.4), seconds=80, seed=1, d_key=32),
@@ -2851,8 +2460,7 @@ def budget_runs(tmp_path):
 
 def test_curves_compare_groups_of_seeds(budget_runs):
     groups = groups_of(budget_runs)
-    best = analyze.best_groups(groups)
-    starred = list(itertools.chain(*best.values()))
+    starred = list(itertools.chain(*analyze.best_groups(groups).values()))
     rows = analyze.group_rows(groups, starred, 1e12)
     wide = 12.706                                   # Student's t with one degree of freedom
     ours = wide * 0.02**0.5 / 2**0.5
@@ -2860,35 +2468,26 @@ def test_curves_compare_groups_of_seeds(budget_runs):
     assert [row[:2] + row[3:5] + [row[7]] for row in rows] == [
         ["*", "sgatlin activation=swish norm=False", 1, 20, "2.500 ± ?"],
         ["*", "sgatlin", 2, 20, f"3.000 ± {ours:.3f}"],
-        ["", "sgatlin", 1, 20, "3.200 ± ?"],
         ["", "mlp", 1, 20, "3.400 ± ?"],
         ["*", "mlp", 2, 20, f"3.450 ± {its:.3f}"]]
     # d_key does nothing in an mlp, and the learning rate is what tells the two mlps apart
-    assert "ffn_rate=0.5" in rows[2][2] and "learning_rate=0.002" in rows[3][2]
-    assert "d_key" not in rows[4][2] and "n_channels=8" in rows[1][2]
-    assert rows[4][6] == 80 and rows[4][8] == f"1.725 ± {its / 2:.3f}"
+    assert "learning_rate=0.002" in rows[2][2] and "d_key" not in rows[3][2]
+    assert rows[3][6] == 80 and rows[3][8] == f"1.725 ± {its / 2:.3f}"
     half = wide * (0.02 / 2 + 0.005 / 2)**0.5
-    assert rows[4][9] == f"-0.450 ± {half:.3f}" and rows[4][10] == pytest.approx(math.exp(-0.45))
+    assert rows[3][9] == f"-0.450 ± {half:.3f}" and rows[3][10] == pytest.approx(math.exp(-0.45))
     assert rows[0][9] == "0.500 ± ?" and rows[1][9] == "-" and rows[1][11] == "0.25 1.00"
-    pytest.importorskip("plotly")
-    chart = analyze.budget_chart(best)
-    traces = [(d.name, d.mode, list(d.x), list(d.y)) for d in chart.data]
-    assert ("sgatlin", "lines", [1e12, 2e12], [3, 2]) in traces
-    assert ("mlp", "lines", [80, 120], [1.725, 1.5]) in traces
-    assert any(d.name == "sgatlin" and d.mode == "markers" and list(d.y) == [3.1, 2.9]
-               for d in chart.data)
 
 
 def test_bits_after_the_same_seconds(budget_runs, tmp_path, capsys):
     """From 100 to 400 seconds sgatlin falls from 1.5 to 1 bit, from 80 to 120 the MLP from 1.725 to
     1.5, both in the logarithm of seconds; the variant without a second budget has no line."""
     analyze.show_same_seconds(analyze.best_groups(groups_of(budget_runs)))
-    header, *lines = capsys.readouterr().out.split("\n")[2:5]
-    assert header.split() == ["seconds", "sgatlin", "mlp"] and len(lines) == 2
-    for line, seconds in zip(lines, (100, 12000**0.5)):
-        ours = 1.5 - 0.5 * math.log(seconds / 100, 4)
-        its = 1.725 - 0.225 * math.log(seconds / 80, 1.5)
-        assert line.split() == [f"{seconds:.0f}", f"{ours:.3f}", "±", "?", f"{its:.3f}", "±", "?"]
+    header, first, last = capsys.readouterr().out.split("\n")[2:5]
+    assert header.split() == ["seconds", "sgatlin", "mlp"]
+    mlp = 1.725 - 0.225 * math.log(100 / 80, 1.5)
+    assert first.split() == ["100", "1.500", "±", "?", f"{mlp:.3f}", "±", "?"]
+    sgatlin = 1.5 - 0.5 * math.log(12000**0.5 / 100, 4)     # the middle of 100 and 120
+    assert last.split()[:2] == ["110", f"{sgatlin:.3f}"]
     # with two seeds at both budgets there is an interval over two lines
     budget_runs.append(run_log(tmp_path / "j", "mlp", (8, 5, 3.2), seconds=120, flops=2e12, seed=1))
     mlp = analyze.best_groups(groups_of(budget_runs))["mlp"]
@@ -2906,27 +2505,21 @@ def test_curves_leave_out_what_is_not_to_be_compared(tmp_path, capsys):
     [group] = groups_of([whole, young, again])
     assert group.losses.tolist() == [3]
     assert capsys.readouterr().err.count("left out") == 2
-    [group] = groups_of([young])        # where none is finished they are all there is
-    assert group.losses.tolist() == [2]
-    for other in (dict(fingerprint="y"), dict(eval_sequences=64), dict(block_size=512)):
+    for other in (dict(fingerprint="y"), dict(eval_sequences=64)):
         other = run_log(tmp_path / "other", "mlp", (8, 5, 3), seed=1, **other)
         with pytest.raises(SystemExit, match="not comparable"):
             groups_of([whole, other])
 
 
-def test_kept_runs_are_as_good_as_their_logs(budget_runs, tmp_path, monkeypatch, capsys):
+def test_kept_runs_are_as_good_as_their_logs(budget_runs, tmp_path, capsys):
     young = run_log(tmp_path / "young", "mlp", (8, 5, 2), until=19, seed=1)
     analyze.main(["keep", *map(str, budget_runs), str(young)])
     lines = capsys.readouterr().out
     (tmp_path / "runs.jsonl").write_text(lines)
-    kept = [json.loads(line) for line in lines.splitlines()]
-    assert [run["run"] for run in kept] == list("abcdefghi")
-    assert kept[7]["settings"]["ffn"] == "mlp" and kept[7]["seconds"] == 120
-    assert "learning_rate" not in kept[7]["settings"] and str(tmp_path) not in lines
+    assert "learning_rate" not in lines.splitlines()[0] and str(tmp_path) not in lines
     outputs = []
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for runs in ([str(run / "log.jsonl") for run in budget_runs], ["~/runs.jsonl"]):
-        analyze.main(["curves", *runs, f"--out_dir={tmp_path}/out"])
+    for runs in (budget_runs, [tmp_path / "runs.jsonl"]):
+        analyze.main(["curves", *map(str, runs), f"--out_dir={tmp_path}/out"])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and "1e+12 FLOPs" in outputs[0]
 
@@ -2939,16 +2532,6 @@ def test_a_closed_pipe_loses_nothing(tmp_path):
     process.stdout.close()              # as `| head` does when it has its lines
     assert process.stderr.read() == b"" and process.wait() == 0
     assert (tmp_path / "curves.html").exists()
-
-
-def test_old_logs_and_young_runs_have_dashes(tmp_path, capsys):
-    """Stopped before a step, or written by an old train.py."""
-    config = dict(event="config", config=dict(ffn="mlp", steps=5))
-    old = [config, dict(event="eval", step=5, val_loss=4.0)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, old)))
-    analyze.main(["curves", str(tmp_path), f"--out_dir={tmp_path}"])
-    out = capsys.readouterr().out
-    assert re.search(r"\* +mlp +1 +5 +- +- +4.000 ± \? +- ", out)
 
 
 if __name__ == "__main__":
