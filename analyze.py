@@ -591,8 +591,8 @@ def draw_coactivation(run: Run, layer: int, channel: int, path: Path) -> None:
 
 
 def show_usage(args: argparse.Namespace) -> None:
-    path = place_for(args.out_dir, "usage.html")
     run = run_of(args)
+    path = place_for(args.out_dir, "usage.html")
     layer = run.layer(args.layer)
     cfg = run.cfg
     R = cfg.n_channels * cfg.n_experts
@@ -1900,8 +1900,8 @@ Click a class to hide it, twice to see it alone. Untrained: before the first ste
 
 
 def show_report(args: argparse.Namespace) -> None:
-    path = place_for(args.out_dir, "report.html")
     run = run_of(args)
+    path = place_for(args.out_dir, "report.html")
     plotly_js = ""
     try:
         import umap  # noqa: F401
@@ -2160,7 +2160,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, text, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        aliases = ["isoflop"] if name == "curves" else []       # its name in the paper's figures
+        command = commands.add_parser(name, help=text, description=text, aliases=aliases,
+                                      allow_abbrev=False)
         command.set_defaults(function=function)
         for option in options:
             command.add_argument(option, **OPTIONS[option])

@@ -510,6 +510,12 @@ def peak_bytes(folder, fn, *args):
     return max(itertools.accumulate(size for _, size in memory))
 
 
+def test_using_the_kernels_warns_of_nothing():
+    code = ("import torch, kernels; x = torch.ones(2, 3); "
+            "kernels.gather_dot(x, x, torch.zeros(2, 2, dtype=torch.int32))")
+    finished(start(["-W", "error", "-c", code]))
+
+
 def test_no_gathered_copy_is_made(tmp_path):
     t = layer_tensors(N=512, D=64, C=4, n=8, k=6)
     inputs = [t[name] for name in ("x", "gates", "w_in", "w_out")]
@@ -1573,6 +1579,15 @@ def test_runs_are_not_lost_or_mixed(damage, args, word, data, trained, tmp_path)
     assert before == files_of(out)
 
 
+def test_a_start_that_failed_is_no_run(data, tmp_path):
+    args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}", "--steps=2"]
+    with pytest.raises(ValueError, match="sub-keys"), one_thread():
+        train.main([*args, "--top_k=40"])
+    with one_thread():
+        train.main(args)
+    assert load(tmp_path)["step"] == 2
+
+
 @pytest.mark.parametrize("args, word", [
     ("--data_dir=nowhere", "prepare_data.py"), ("--block_size=10000000", "too few"),
     ("--flops=1e3", "buys no step"), ("--flops=1e9 --steps=5", "give one"),
@@ -1691,10 +1706,11 @@ def test_every_layer_trains_and_samples(ffn, data, tmp_path, capsys):
 
 
 class NewLayer(torch.nn.Linear):
-    """A layer as the README tells to add one."""
+    """A layer as the README tells to add one; its router is none of ours."""
 
     def __init__(self, cfg):
         super().__init__(cfg.d_model, cfg.d_model)
+        self.router = torch.nn.Identity()
 
     def flops(self):
         return 2 * self.weight.numel()
