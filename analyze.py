@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11", "numpy", "tiktoken", "triton; sys_platform == 'linux'", "plotly",
+#                 "umap-learn"]
+# ///
 """Read the circuits of a trained sgatlin (arXiv 2606.07414, section 4), and compare runs.
 
     python analyze.py                                        # out/report.html: a page to click
