@@ -14,7 +14,7 @@ Writes to out_dir: ckpt.pt (the model, the optimizer, the step, the settings, th
 log.jsonl (the settings, then one object per logged step, evaluation and resumption).
 
 The batch of step s is a function of (seed, s) alone: it does not depend on the number of processes,
-on how it is cut into micro-batches, on evaluations or on interruptions. Read main first.
+on how it is cut into micro-batches, on evaluations or on interruptions. Read `train` first.
 
 Letters: B sequences in a batch, T block_size, C channels, E neurons per channel, k top_k.
 """
@@ -829,6 +829,84 @@ def read_numbers(loss: Tensor, norm: Tensor, stop: bool, world: int) -> tuple[fl
     return loss, norm, stops > 0
 
 
+def forward_backward(wrapped: nn.Module, batch: list[tuple[Tensor, Tensor]], cfg: TrainConfig,
+                     world: int, autocast: contextlib.AbstractContextManager) -> Tensor:
+    """Adds up the gradients of a batch, one micro-batch at a time; returns its mean loss."""
+    loss = torch.zeros((), device=batch[0][0].device)
+    for i, (x, y) in enumerate(batch):
+        # DDP sends gradients with the last micro-batch; others ignore this attribute.
+        wrapped.require_backward_grad_sync = i == len(batch) - 1
+        with autocast:
+            _, part = wrapped(x, y)
+        # The share of this process's sequences: DDP averages over processes.
+        part = part * (len(x) * world / cfg.batch_size)
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def train(given: dict, rank: int, world: int, device: torch.device) -> None:
+    cfg, saved, data = set_up(given, device, rank)
+    model, optimizer = build_model(cfg, saved, device)
+    dtype = choose_dtype(cfg, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    wrapped = wrap(model, cfg)
+    peak_flops = matmul_flops(device, dtype) * world
+    if rank == 0:
+        report(model, data, cfg, given, device, world)
+        start_log(cfg, data, saved, device, world)
+    # seconds are those of the steps alone; loss is that of the last step
+    progress = dict(step=0, seconds=0.0, loss=None)
+    resumed_at = None
+    if saved:
+        progress = {name: saved[name] for name in progress}
+        resumed_at = saved["step"]          # where nothing is to be evaluated again
+    saved = None        # its tensors would stay in memory
+
+    step = progress["step"]
+    batch = load_batch(data, step, cfg, rank, world, device)
+    with stop_signals() as received:
+        stop = False
+        while True:
+            # Evaluate when it is due, and save then and before a stop.
+            due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != resumed_at
+            if due:
+                result = evaluate(model, data, cfg, autocast, rank, world)
+                require_finite(step, cfg, rank, validation_loss=result["val_loss"])
+                if rank == 0:       # log first: a kill may leave the log ahead, not behind
+                    log_evaluation(result, progress, cfg, model)
+            if due or stop:
+                save(model, optimizer, cfg, data, progress)
+            if stop or step >= cfg.steps:
+                break
+
+            # Forward, backward, clip and step.
+            began = time.perf_counter()
+            loss = forward_backward(wrapped, batch, cfg, world, autocast)
+            lr = schedule(step, cfg)
+            set_learning_rate(optimizer, lr)
+            norm = clip_gradients(model, cfg)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # Read the numbers of the step while the next batch is on its way.
+            step += 1
+            batch = load_batch(data, step, cfg, rank, world, device)
+            loss, norm, stop = read_numbers(loss, norm, bool(received), world)
+            require_finite(step, cfg, rank, loss=loss, gradient_norm=norm)
+            elapsed = time.perf_counter() - began
+            progress = dict(step=step, seconds=progress["seconds"] + elapsed, loss=loss)
+            if rank == 0 and (step % cfg.log_interval == 0 or step == cfg.steps):
+                log_step(progress, lr, norm, elapsed, peak_flops, cfg, model)
+
+    del wrapped     # before the process group: if DDP is its last owner, gloo can hang at exit
+    if step < cfg.steps:
+        if rank == 0:
+            say(f"stopped and saved at step {step}; to continue: {resume_command(cfg)}")
+        raise SystemExit(130)
+    print_end(model, data, cfg, progress["seconds"], rank)
+
+
 def main(argv: list[str] | None = None) -> None:
     given = parse_args(argv)
     plain_output()
@@ -839,76 +917,7 @@ def main(argv: list[str] | None = None) -> None:
     with processes(choose_device(given)) as (rank, world, device):
         if device.type == "cuda":
             sum_in_fixed_order()
-        cfg, saved, data = set_up(given, device, rank)
-        model, optimizer = build_model(cfg, saved, device)
-        dtype = choose_dtype(cfg, device)
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        wrapped = wrap(model, cfg)
-        peak_flops = matmul_flops(device, dtype)
-        if rank == 0:
-            report(model, data, cfg, given, device, world)
-            start_log(cfg, data, saved, device, world)
-        # seconds are those of the steps alone; loss is that of the last step
-        progress = dict(step=0, seconds=0.0, loss=None)
-        resumed_at = None
-        if saved:
-            progress = {name: saved[name] for name in progress}
-            resumed_at = saved["step"]          # where nothing is to be evaluated again
-        saved = None        # its tensors would stay in memory
-
-        step = progress["step"]
-        batch = load_batch(data, step, cfg, rank, world, device)
-        with stop_signals() as received:
-            stop = False
-            while True:
-                # Evaluate when it is due, and save then and before a stop.
-                due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != resumed_at
-                if due:
-                    result = evaluate(model, data, cfg, autocast, rank, world)
-                    require_finite(step, cfg, rank, validation_loss=result["val_loss"])
-                    if rank == 0:       # log first: a kill may leave the log ahead, not behind
-                        log_evaluation(result, progress, cfg, model)
-                if due or stop:
-                    save(model, optimizer, cfg, data, progress)
-                if stop or step >= cfg.steps:
-                    break
-
-                # Forward and backward, one micro-batch at a time.
-                began = time.perf_counter()
-                loss = torch.zeros((), device=device)
-                for i, (x, y) in enumerate(batch):
-                    # DDP sends gradients with the last micro-batch; others ignore this attribute.
-                    wrapped.require_backward_grad_sync = i == len(batch) - 1
-                    with autocast:
-                        _, part = wrapped(x, y)
-                    # The share of this process's sequences: DDP averages over processes.
-                    part = part * (len(x) * world / cfg.batch_size)
-                    part.backward()
-                    loss += part.detach()
-
-                # Clip and step.
-                lr = schedule(step, cfg)
-                set_learning_rate(optimizer, lr)
-                norm = clip_gradients(model, cfg)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-                # Read the numbers of the step while the next batch is on its way.
-                step += 1
-                batch = load_batch(data, step, cfg, rank, world, device)
-                loss, norm, stop = read_numbers(loss, norm, bool(received), world)
-                require_finite(step, cfg, rank, loss=loss, gradient_norm=norm)
-                elapsed = time.perf_counter() - began
-                progress = dict(step=step, seconds=progress["seconds"] + elapsed, loss=loss)
-                if rank == 0 and (step % cfg.log_interval == 0 or step == cfg.steps):
-                    log_step(progress, lr, norm, elapsed, peak_flops * world, cfg, model)
-
-        del wrapped     # before the process group: if DDP is its last owner, gloo can hang at exit
-        if step < cfg.steps:
-            if rank == 0:
-                say(f"stopped and saved at step {step}; to continue: {resume_command(cfg)}")
-            raise SystemExit(130)
-        print_end(model, data, cfg, progress["seconds"], rank)
+        train(given, rank, world, device)
 
 
 if __name__ == "__main__":
