@@ -496,7 +496,10 @@ def top_labels(values: Tensor, labels: Tensor, k: int) -> Tensor:
     keys |= labels                                              # then the lowest label
     rows = keys.view(-1, keys.shape[-1]).numpy()
     threads = torch.get_num_threads()
-    list(sorters(threads).map(np.ndarray.sort, np.array_split(rows, threads)))
+    if threads == 1:
+        rows.sort()
+    else:
+        list(sorters(threads).map(np.ndarray.sort, np.array_split(rows, threads)))
     return keys[..., :k] & 0xffffffff
 
 
