@@ -2165,7 +2165,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, text, options) in COMMANDS.items():
-        aliases = ["isoflop"] if name == "curves" else []       # its name in the paper's figures
+        aliases = ["isoflop"] if name == "curves" else []       # what the paper calls it
         command = commands.add_parser(name, help=text, description=text, aliases=aliases,
                                       allow_abbrev=False)
         command.set_defaults(function=function)

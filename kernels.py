@@ -128,8 +128,9 @@ def gather_dot_reference(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return torch.einsum("nd,njd->nj", x, weight[index])
 
 
+# torch warns at the first such tensor that they are in beta: that one is made here, in silence.
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")     # made once for torch's one warning, that they are in beta
+    warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [1.0], check_invariants=False)
 
 
