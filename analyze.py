@@ -32,20 +32,16 @@ import html
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from model import FFN, GPT, GPTConfig, Router, load_model
+from model import FFN, GPT, GPTConfig, RMSNorm, Router, load_model
 from sample import encode_prompt, plain_output, printable
 from train import Data, TrainConfig, idle_settings, keep_memory, usage
 
@@ -69,8 +65,6 @@ def cell(value: str | float | None) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    if value > 1e11:
-        return f"{value:.3g}"       # FLOPs
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -119,15 +113,10 @@ def place_for(out_dir: Path, name: str) -> Path:
     return out_dir / name
 
 
-def write_page(path: Path, title: str, body: str, plotly_js: str) -> None:
-    """Writes an HTML page that loads nothing; path holds the old page or the new one."""
+def write_page(path: Path, text: str) -> None:
+    """path holds the old page or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join([
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<link rel='icon' href='data:,'><title>{html.escape(title)}</title>",
-        f"<style>{PAGE_STYLE}</style><script>{plotly_js}</script></head>",
-        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>"]), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     print(f"wrote {path}")
 
@@ -139,20 +128,6 @@ def has_plotly() -> bool:
         progress(f"no picture: pip install plotly ({error})")
         return False
     return True
-
-
-def write_charts(path: Path, title: str, charts: list) -> None:
-    """Plotly's figures as a page."""
-    from plotly.offline import get_plotlyjs
-    body = ""
-    for chart in charts:
-        chart.update_layout(template="plotly_white")
-        body += chart.to_html(full_html=False, include_plotlyjs=False)
-    write_page(path, title, body, get_plotlyjs())
-
-
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f781bf", "#222222",
-           "#17becf", "#d4b400")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,6 +142,11 @@ class Circuits(NamedTuple):
     def at(self, places) -> "Circuits":
         return Circuits(self.values[places], self.rows[places], self.size)
 
+    def dense(self) -> Tensor:
+        """(N, R)"""
+        zeros = torch.zeros(len(self.values), self.size)
+        return zeros.scatter_(1, self.rows.long(), self.values)
+
 
 @dataclass
 class Recording:
@@ -176,16 +156,14 @@ class Recording:
     gates: Tensor           # (L, N, J) in the model's dtype
     rows: Tensor            # (L, N, J) int32: the neurons, c * E + id
     products: Tensor        # (L, N, J): gate * <w_in, x>, by which w_out is multiplied
-    top: Tensor             # (N, 5) the likeliest next tokens
-    p: Tensor               # (N, 5) their probabilities
+    top: Tensor             # (N, 3) the likeliest next tokens
+    p: Tensor               # (N, 3) their probabilities
     embedding: Tensor       # (V, D) of the model
     size: int               # R
 
     def circuits(self, layer: int) -> Circuits:
         """Those of all tokens, scaled to unit length."""
-        gates = self.gates[layer]
-        lengths = gates.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return Circuits(gates / lengths, self.rows[layer], self.size)
+        return Circuits(F.normalize(self.gates[layer]), self.rows[layer], self.size)
 
 
 @contextlib.contextmanager
@@ -205,12 +183,9 @@ CONTEXT = 8         # tokens, up to the one in question: equal contexts have equ
 
 def contexts_of(tokens: Tensor) -> Tensor:
     """(W, T) int64 -> (N,), a hash of the last CONTEXT tokens, or of those that the window has."""
-    T = tokens.shape[1]
-    contexts = torch.zeros_like(tokens)
-    for back in range(CONTEXT):
-        before = F.pad(tokens + 1, (back, 0))[:, :T]        # 0: before the window
-        contexts = contexts * 6364136223846793005 + before  # overflows as it should
-    return contexts.flatten()
+    padded = F.pad(tokens, (CONTEXT - 1, 0), value=-1)      # -1: before the window
+    contexts = padded.unfold(1, CONTEXT, 1).flatten(0, 1)                       # (N, CONTEXT)
+    return torch.tensor([hash(tuple(context)) for context in contexts.tolist()])
 
 
 @torch.inference_mode()
@@ -222,27 +197,21 @@ def record(model: GPT, windows: Tensor) -> Recording:
     gates = torch.empty(cfg.n_layer, W * T, cfg.n_channels * cfg.top_k, dtype=weight.dtype)
     rows = torch.empty(gates.shape, dtype=torch.int32)
     products = torch.empty_like(gates)
-    top = torch.empty(W * T, 5, dtype=torch.int64)
-    p = torch.empty(W * T, 5)
-    batch = max(1, 2**24 // (T * cfg.vocab_size))       # windows at a time: 64 MB of logits
-    for start in range(0, W, batch):
-        part = windows[start:start + batch]
-        here = slice(start * T, start * T + part.numel())
+    top = torch.empty(W * T, 3, dtype=torch.int64)
+    p = torch.empty(W * T, 3)
 
-        def keep(layer, x, layer_gates, ids, here=here):
-            ffn = model.blocks[layer].ffn
-            layer_rows = ffn.rows(ids)                                  # (N', J)
-            readings = kernels.gather_dot(x, ffn.w_in.flatten(0, 1), layer_rows)
-            gates[layer, here] = layer_gates.flatten(1).cpu()
-            rows[layer, here] = layer_rows.cpu()
-            products[layer, here] = (layer_gates.flatten(1) * readings).cpu()
+    def keep(layer: int, x: Tensor, of_layer: Tensor, ids: Tensor) -> None:
+        ffn = model.blocks[layer].ffn
+        rows[layer, here] = ffn.rows(ids)                                       # (T, J)
+        gates[layer, here] = of_layer.flatten(1)
+        readings = kernels.gather_dot(x, ffn.w_in.flatten(0, 1), ffn.rows(ids))
+        products[layer, here] = of_layer.flatten(1) * readings
 
-        with router_hook(model, keep):
-            logits = model(part.to(weight.device))[0].flatten(0, 1)     # (N', V)
-        values, best = logits.topk(5)
-        top[here] = best.cpu()
-        log_p = values - logits.logsumexp(1, keepdim=True)
-        p[here] = log_p.exp().float().cpu()
+    with router_hook(model, keep):
+        for w, window in enumerate(windows):
+            here = slice(w * T, w * T + T)
+            logits = model(window[None].to(weight.device))[0][0]                # (T, V)
+            p[here], top[here] = logits.softmax(dim=1).topk(3)
     return Recording(windows.numpy(), contexts_of(windows), gates, rows, products, top, p,
                      weight.detach().cpu(), cfg.n_channels * cfg.n_experts)
 
@@ -255,26 +224,27 @@ class Run:
 
     def __init__(self, out_dir: Path, device: str = "cpu", windows: int = 128,
                  data_dir: Path | None = None, ffn: str = "sgatlin"):
-        self.path = out_dir / "ckpt.pt"
+        path = out_dir / "ckpt.pt"
         self.device = device
         self.n_windows = windows
-        self.model, state = load_model(self.path, device)
+        self.model, state = load_model(path, device)
         self.cfg = cfg = self.model.cfg
         self.seed = state["config"]["seed"]
         folder = data_dir or Path(state["config"]["data_dir"])
         self.data = Data(folder, cfg.block_size)
         self.encoding = self.data.encoding
         if self.data.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise SystemExit(f"analyze.py: {folder} is not what {self.path} was trained on: give "
+            raise SystemExit(f"analyze.py: {folder} is not what {path} was trained on: give "
                              "that with --data_dir")
         if cfg.ffn != ffn:
-            raise SystemExit(f"analyze.py: {self.path} has ffn={cfg.ffn}, not {ffn}")
-        if ffn == "sgatlin" and (cfg.softmax_gates or cfg.shared_pool):
-            raise SystemExit(f"analyze.py: {self.path} has softmax_gates or shared_pool")
+            raise SystemExit(f"analyze.py: {path} has ffn={cfg.ffn}, not {ffn}")
+        if cfg.softmax_gates or cfg.shared_pool or cfg.activation != "identity":
+            raise SystemExit(f"analyze.py: {path} is an ablation, and what is said of gates "
+                             "and neurons would not hold")
 
     def validation(self) -> Tensor:
         """The windows to look at (W, T), evenly spaced."""
-        return self.data.windows("val", self.data.val_starts(self.n_windows))[0]
+        return self.data.windows("val", self.data.val_starts(self.n_windows))[:, :-1]
 
     @functools.cached_property
     def trained(self) -> Recording:
@@ -291,11 +261,7 @@ class Run:
 
     def layer(self, given: int | None) -> int:
         """--layer, or the last but one."""
-        if given is None:
-            return max(self.cfg.n_layer - 2, 0)
-        if not 0 <= given < self.cfg.n_layer:
-            raise SystemExit(f"analyze.py: layer {given}, of {self.cfg.n_layer} from 0")
-        return given
+        return max(self.cfg.n_layer - 2, 0) if given is None else given
 
     def text(self, tokens) -> str:
         """Token ids on one line: ⏎ is a newline and ⇥ a tab."""
@@ -307,85 +273,54 @@ class Run:
         """A token by itself: its blanks are seen."""
         return self.text([token]).replace(" ", "·")
 
-    def excerpt(self, tokens: np.ndarray, place: int) -> list[str]:
-        """The token at a place among windows (W, T): the text before it, its own, and that after.
-        """
-        w, t = divmod(place, tokens.shape[1])
-        before = tokens[w, max(t - CONTEXT + 1, 0):t]
-        after = tokens[w, t + 1:t + 5]
-        return [self.text(part) for part in (before, tokens[w, t:t + 1], after)]
-
-    def predictions(self, recording: Recording, place: int) -> str:
-        """The three likeliest next tokens and their probabilities."""
-        tokens = recording.top[place, :3].tolist()
-        p = recording.p[place, :3].tolist()
-        return "  ".join(f"{self.name(token)} {q:.2f}" for token, q in zip(tokens, p))
-
     def shown(self, recording: Recording, place: int) -> list[str]:
-        """A token as it stands in tables: its excerpt, and what the model expects next."""
-        excerpt = self.excerpt(recording.tokens, place)
-        return [*excerpt, self.predictions(recording, place)]
+        """A token: the text before it, its own, that after, and the likeliest next tokens."""
+        w, t = divmod(place, recording.tokens.shape[1])
+        window = recording.tokens[w]
+        before = window[max(t - CONTEXT + 1, 0):t]
+        after = window[t + 1:t + 5]
+        words = []
+        for token, p in zip(recording.top[place].tolist(), recording.p[place].tolist()):
+            words.append(f"{self.name(token)} {p:.2f}")
+        return [self.text(before), self.text([window[t]]), self.text(after), "  ".join(words)]
 
     def prompt(self, text: str | None) -> list[int]:
-        """<|endoftext|> and the tokens of a text; without one, of the beginning of a validation
-        document."""
-        T = self.cfg.block_size
+        """<|endoftext|> and the tokens of a text; without one, of the validation text's beginning.
+        """
         if text is None:
-            tokens = self.data.tokens("val")
-            tokens = np.asarray(tokens[len(tokens) // 2:][:2**20])
-            ends = np.flatnonzero(tokens == self.encoding.eot_token)
-            long = ends[:-1][np.diff(ends) > PASSAGE]       # those that a long document follows
-            start = long[0] + 1 if len(long) else 0
-            passage = tokens[start:start + min(PASSAGE, T - 1)]
+            passage = self.data.tokens("val")[:min(PASSAGE, self.cfg.block_size - 1)]
             return [self.encoding.eot_token, *passage.tolist()]
-        tokens = encode_prompt(self.encoding, text)
-        if len(tokens) > T:
-            raise SystemExit(f"analyze.py: the prompt has {len(tokens)} tokens, of {T} at most")
-        return tokens
+        return encode_prompt(self.encoding, text)
 
 
 def run_of(args: argparse.Namespace, ffn: str = "sgatlin") -> Run:
     return Run(args.out_dir, args.device, getattr(args, "windows", 128), args.data_dir, ffn)
 
 
-def similarities(queries: Circuits, circuits: Circuits) -> Iterator[Tensor]:
-    """Inner products (N, up to 128) of all circuits with 128 queries at a time, exact.
-
-    The queries are made dense, as a table whose rows gather_sum adds up for every circuit.
-    """
-    for start in range(0, len(queries.values), 128):
-        part = queries.at(slice(start, start + 128))
-        dense = torch.zeros(len(part.values), circuits.size)
-        dense.scatter_(1, part.rows.long(), part.values)
-        yield kernels.gather_sum(circuits.values, dense.T.contiguous(), circuits.rows)
-
-
-def gram(circuits: Circuits) -> Tensor:
-    """(M, M) inner products among circuits."""
-    return torch.cat(list(similarities(circuits, circuits)), dim=1)
-
-
 NEIGHBORS = 10      # shown and scored per circuit, as in the paper
-Near = list[tuple[int, float]]      # the places of circuits, and their similarities
+Near = list[tuple[int, float]]      # the places of circuits, and their cosine distances
 
 
 def find_neighbors(queries: Circuits, own: Tensor, circuits: Circuits, keys: Tensor,
                    contexts: Tensor) -> list[Near]:
-    """The NEIGHBORS circuits most similar to each query: their places and similarities.
+    """The NEIGHBORS circuits most similar to each query.
 
     Left out are circuits whose key (N,) is the query's own (Q,), and repeats of a context (N,).
     Fewer are found where four times as many candidates repeat their contexts.
     """
     found = []
-    for sim in similarities(queries, circuits):                                 # (N, up to 128)
-        part = own[len(found):len(found) + sim.shape[1]]
-        allowed = sim.masked_fill(keys[:, None] == part, -math.inf)
+    for start in range(0, len(own), 128):
+        part = slice(start, start + 128)                                        # Q' queries
+        # Inner products: of the dense queries a table, whose rows are added up for every circuit.
+        table = queries.at(part).dense().T.contiguous()                         # (R, Q')
+        sim = kernels.gather_sum(circuits.values, table, circuits.rows)         # (N, Q')
+        allowed = sim.masked_fill(keys[:, None] == own[part], -math.inf)
         best = allowed.T.topk(min(4 * NEIGHBORS, len(sim)))
         for values, places in zip(best.values.tolist(), best.indices.tolist()):
             different = {}      # by context
             for place, context, value in zip(places, contexts[places].tolist(), values):
                 if value > -math.inf:
-                    different.setdefault(context, (place, value))
+                    different.setdefault(context, (place, 1 - value))
             found.append(list(different.values())[:NEIGHBORS])
     return found
 
@@ -401,6 +336,7 @@ def nearest_circuits(run: Run, source: Recording, places, layer: int) -> list[Ne
 
 
 def show_neighbors(args: argparse.Namespace) -> None:
+    """The circuits nearest to those of a text."""
     run = run_of(args)
     layer = run.layer(args.layer)
     source = record(run.model, torch.tensor([run.prompt(args.prompt)]))
@@ -408,8 +344,8 @@ def show_neighbors(args: argparse.Namespace) -> None:
     rows = []
     for place, near in zip(places, nearest_circuits(run, source, places, layer)):
         rows.append([place, "", *run.shown(source, place)])
-        for other, similarity in near:
-            rows.append(["", 1 - similarity, *run.shown(run.trained, other)])
+        for other, distance in near:
+            rows.append(["", distance, *run.shown(run.trained, other)])
     show(f"Every token, and the {NEIGHBORS} whose circuits in layer {layer} are nearest, by cosine "
          f"distance; none in a context that repeats over {CONTEXT} tokens",
          ["", "distance", "before", "token", "after", "next"], rows)
@@ -418,37 +354,33 @@ def show_neighbors(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # classes: do near circuits mean alike, and more so than without training?
 
-class Classes(NamedTuple):
-    """Classes of tokens that occur in like contexts."""
-    of_token: np.ndarray    # (V,) int64
-    names: list[str]        # the most frequent members of each, and at the end "rare tokens"
+def context_classes(run: Run, n_tokens: int = 1000,
+                    n_classes: int = 12) -> tuple[np.ndarray, list[str]]:
+    """Classes of tokens that occur in like contexts, found without labels, for text of any kind.
 
-
-def context_classes(run: Run, n_tokens: int = 1000, n_classes: int = 12) -> Classes:
-    """k-means of the n_tokens most frequent tokens, found without labels, for text of any kind.
-
-    A token is the square roots of the probabilities of the tokens before and after it, in the first
-    4 million tokens of training. No model takes part.
+    Returns the class of each token (V,), and names: the most frequent members of each class, and at
+    the end "rare tokens". k-means of the n_tokens most frequent tokens. A token is the square roots
+    of the probabilities of the tokens before and after it, in the first 4 million tokens of
+    training. No model takes part.
     """
     from sklearn.cluster import KMeans
+    from sklearn.preprocessing import normalize
     text = run.data.tokens("train")[:2**22]
-    text = np.asarray(text, dtype=np.int64)
     often = np.argsort(-np.bincount(text), kind="stable")[:n_tokens]
     side = len(often) + 1
     place = np.full(run.cfg.vocab_size, len(often))     # of a token in often; the last is for rare
     place[often] = np.arange(len(often))
     pairs = place[text[:-1]] * side + place[text[1:]]
     counts = np.bincount(pairs, minlength=side**2).reshape(side, side)
-    after = counts / counts.sum(1, keepdims=True).clip(1)
-    before = counts.T / counts.T.sum(1, keepdims=True).clip(1)
-    x = np.concatenate([after, before], axis=1)
-    x = np.sqrt(x[:-1])                                                 # (n_tokens, 2 * side)
+    after = normalize(counts, norm="l1")
+    before = normalize(counts.T, norm="l1")
+    x = np.sqrt(np.hstack([after, before]))[:-1]                        # (n_tokens, 2 * side)
     label = KMeans(n_classes, init=x[:n_classes], n_init=1).fit_predict(x)
     names = []
     for c in range(n_classes):
         members = often[label == c]
         names.append(" ".join(map(run.name, members[:4])))
-    return Classes(np.append(label, n_classes)[place], [*names, "rare tokens"])
+    return np.append(label, n_classes)[place], [*names, "rare tokens"]
 
 
 def class_shares(recording: Recording, circuits: Circuits, queries: np.ndarray,
@@ -464,55 +396,45 @@ def class_shares(recording: Recording, circuits: Circuits, queries: np.ndarray,
     return np.array(shares)
 
 
-def chance_shares(recording: Recording, queries: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The same shares among all circuits."""
-    ids = recording.tokens.ravel()
-    shares = []
-    for query in queries:
-        others = ids != ids[query]
-        shares.append(np.mean(label[others] == label[query]))
-    return np.array(shares)
-
-
 def meaning(run: Run, layer: int, label: np.ndarray) -> tuple[np.ndarray, dict]:
     """Places (Q,) of random tokens, and the shares (Q,) of their classes: by the trained circuits,
     by the untrained, by the trained ones dealt out to tokens at random, and by chance."""
     trained = run.trained
-    size = trained.tokens.size
+    ids = trained.tokens.ravel()
+    size = len(ids)
+    equal = np.bincount(ids)[ids]       # tokens equal to each, which are all of its class
+    chance = (np.bincount(label)[label] - equal) / (size - equal)
     rng = np.random.default_rng(0)
     queries = rng.choice(size, min(1000, size), replace=False)
     shuffle = rng.permutation(size)
     circuits = trained.circuits(layer)
     untrained = run.untrained.circuits(layer)
-    progress(f"find the neighbours of {len(queries)} tokens in layer {layer}")
     return queries, {
         "trained": class_shares(trained, circuits, queries, label),
         "untrained": class_shares(trained, untrained, queries, label),
         "shuffled": class_shares(trained, circuits.at(shuffle), queries, label),
-        "chance": chance_shares(trained, queries, label)}
+        "chance": chance[queries]}
 
 
 def show_classes(args: argparse.Namespace) -> None:
+    """Do near circuits mean alike?"""
     run = run_of(args)
     layer = run.layer(args.layer)
-    classes = context_classes(run)
+    of_token, names = context_classes(run)
     tokens = run.trained.tokens
-    label = classes.of_token[tokens.ravel()]
+    label = of_token[tokens.ravel()]
     queries, shares = meaning(run, layer, label)
     windows = np.arange(len(tokens))[:, None]
     of_window = queries // tokens.shape[1] == windows                           # (W, Q)
+    chosen = {"all": np.full(len(queries), True)}       # by the name of a row: which queries
+    for c, _ in Counter(label[queries].tolist()).most_common():
+        chosen[names[c]] = label[queries] == c
     rows = []
-
-    def add_row(name: str, chosen: np.ndarray) -> None:
-        row = [name, int(chosen.sum())]
+    for name, which in chosen.items():
+        row = [name, int(which.sum())]
         for values in shares.values():
-            row.append(jackknife(values[chosen], of_window[:, chosen]))
+            row.append(jackknife(values[which], of_window[:, which]))
         rows.append(row)
-
-    add_row("all", np.full(len(queries), True))
-    of_query = label[queries]
-    for c, _ in Counter(of_query.tolist()).most_common():
-        add_row(classes.names[c], of_query == c)
     show(f"Of random tokens, the share of their own class in the {NEIGHBORS} nearest circuits of "
          f"other tokens, layer {layer}; intervals of 95 %, over windows",
          ["class", "tokens", *shares], rows)
@@ -549,16 +471,14 @@ def shared_subkeys(ids: Tensor, n: int) -> list[float]:
     return means
 
 
-def gram_cka(K: Tensor, L: Tensor) -> float:
-    """Linear CKA, in [0, 1], of features with Gram matrices K and L (M, M) (arXiv 1905.00414)."""
-    def centred(gram: Tensor) -> Tensor:
-        gram = gram.double()
-        return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
-
-    K = centred(K)
-    L = centred(L)
-    lengths = K.norm() * L.norm()
-    return ((K * L).sum() / lengths.clamp(min=1e-6)).item()
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA, in [0, 1], of two lists of M features, x (M, ...) and y (M, ...) (1905.00414)."""
+    grams = []
+    for features in (x.double(), y.double()):
+        centred = features - features.mean(0)
+        grams.append(centred @ centred.T)                                       # (M, M)
+    K, L = grams
+    return ((K * L).sum() / (K.norm() * L.norm())).item()
 
 
 def alignment(run: Run) -> dict[str, float]:
@@ -572,54 +492,45 @@ def alignment(run: Run) -> dict[str, float]:
     for name, recording, places in (("trained", run.trained, often),
                                     ("untrained", run.untrained, often),
                                     ("shuffled", run.trained, shuffled)):
-        x = recording.embedding[tokens[often]]                                  # (M, D)
+        embeddings = recording.embedding[tokens[often]]                         # (M, D)
         circuits = Circuits(recording.gates[0], recording.rows[0], recording.size)
-        result[name] = gram_cka(x @ x.T, gram(circuits.at(places)))
+        result[name] = cka(embeddings, circuits.at(places).dense())
     return result
 
 
-def draw_coactivation(run: Run, layer: int, channel: int, path: Path) -> None:
-    import plotly.graph_objects as go
-    E = run.cfg.n_experts
-    k = run.cfg.top_k
-    n = math.isqrt(E)
-    size = min(E, 512 // n * n)         # whole rows of sub-keys
-    rows = run.trained.rows[layer]                                              # (N, J)
-    ids = rows[:, channel * k:(channel + 1) * k] % E
+def draw_coactivation(run: Run, layer: int, path: Path) -> None:
+    import plotly.express as px
+    n = math.isqrt(run.cfg.n_experts)
+    size = min(run.cfg.n_experts, 512 // n * n)         # whole rows of sub-keys
+    ids = run.trained.rows[layer, :, :run.cfg.top_k]    # those of channel 0
     P = coactivation(ids, size).fill_diagonal_(0)
-    thousandths = P.mul(1000).round().int()
-    figure = go.Figure(layout=dict(height=820))
-    figure.add_heatmap(z=thousandths.tolist(), zmin=0, zmax=100, colorscale="Viridis")
-    figure.update_xaxes(title="j", dtick=n, constrain="domain")
-    figure.update_yaxes(title="i", dtick=n, autorange="reversed", scaleanchor="x")
-    write_charts(path, f"P(j | i) in thousandths: layer {layer}, channel {channel}", [figure])
+    figure = px.imshow(P.numpy(), zmin=0, zmax=0.1, labels=dict(x="j", y="i"), height=820,
+                       title=f"P(j | i): layer {layer}, channel 0")
+    figure.update_xaxes(dtick=n)
+    figure.update_yaxes(dtick=n)
+    write_page(path, figure.to_html())
 
 
 def show_usage(args: argparse.Namespace) -> None:
+    """Which neurons are used, and which together."""
     run = run_of(args)
     path = place_for(args.out_dir, "usage.html")
     layer = run.layer(args.layer)
     cfg = run.cfg
-    R = cfg.n_channels * cfg.n_experts
     n = math.isqrt(cfg.n_experts)
     rows = []
-    together = []
-    for of_layer, chosen in enumerate(run.trained.rows):                        # (N, J)
-        counts = chosen.flatten().bincount(minlength=R).double()
-        used, gini = usage(counts.view(cfg.n_channels, -1))                     # (C, E)
-        rows.append([of_layer, used, gini])
+    for of_layer in range(cfg.n_layer):
         for name, recording in (("trained", run.trained), ("untrained", run.untrained)):
-            ids = recording.rows[of_layer] % cfg.n_experts
-            ids = ids.view(-1, cfg.n_channels, cfg.top_k)
-            together.append([of_layer, name, *shared_subkeys(ids, n)])
+            chosen = recording.rows[of_layer]                                   # (N, J)
+            used, gini = usage(chosen.flatten().bincount(minlength=recording.size).double())
+            ids = (chosen % cfg.n_experts).view(-1, cfg.n_channels, cfg.top_k)
+            rows.append([of_layer, name, used, gini, *shared_subkeys(ids, n)])
     if has_plotly():
-        draw_coactivation(run, layer, args.channel, path)
-    show(f"Of {R:,} neurons, the share used in {run.trained.tokens.size:,} tokens, and the Gini "
-         "coefficient: 0 all alike, 1 one has all", ["layer", "used", "Gini"], rows)
-    if cfg.router.startswith("product"):
-        show(f"Mean P(j | i): of the tokens that use neuron i, the share that use j; neuron {n} a "
-             "+ b has sub-keys a and b",
-             ["layer", "gates", "same first sub-key", "same second", "neither"], together)
+        draw_coactivation(run, layer, path)
+    show(f"Of {run.trained.size:,} neurons, the share used in {run.trained.tokens.size:,} tokens, "
+         "and the Gini coefficient: 0 all alike, 1 one has all. Then the mean P(j | i): of the "
+         f"tokens that use i the share that use j; of product keys, {n} a + b has a and b",
+         ["layer", "gates", "used", "Gini", "same first sub-key", "same second", "neither"], rows)
     show("Linear CKA of the embeddings and the gates of layer 0; chance is above 0: shuffled",
          ["gates", "CKA"], [list(item) for item in alignment(run).items()])
 
@@ -627,50 +538,37 @@ def show_usage(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # patch: do the gates of one prompt carry its answer into another? (arXiv 2606.07414, Figure 7)
 
-# Of facts, by the source of the data; the second is the paper's.
-TEMPLATES = {"python": "from {} import", "tinystories": "The {} was"}
 MOST_FACTS = 40
 FEWEST_COUNT = 5    # occurrences that make a fact
-Fact = tuple[int, int]      # a word and its answer, one token each
+Facts = dict[int, int]      # words and their answers, one token each
 
 
 class Template:
     """A text with one {} for the word: the tokens before and after it, and then the answer's."""
 
     def __init__(self, run: Run, text: str):
-        before, slot, after = text.partition("{}")
-        if not slot or "{}" in after:
-            raise SystemExit(f"analyze.py: --template={text!r} needs one {{}}")
-        self.text = text
+        before, after = text.split("{}")
+        self.blank = " " if before.endswith(" ") else ""    # belongs to the token of the word
         self.prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
-        self.suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
-        # A blank belongs to the token that it precedes: to the word, and to the answer.
-        self.word_blank = " " if before.endswith(" ") else ""
-        self.answer_blank = " " if after[-1:].isalnum() or after.endswith(" ") else ""
-        if not after:
-            self.answer_blank = self.word_blank
+        self.suffix = run.encoding.encode_ordinary(after)
 
     def prompt(self, run: Run, word: int) -> list[int]:
         return [run.encoding.eot_token, *self.prefix, word, *self.suffix]
 
 
 def count_pairs(run: Run, template: Template) -> Counter:
-    """How often which words and answers stand in a template in the training text."""
-    text = run.data.tokens("train")
+    """How often which words and answers stand in a template in the first 16 million tokens of
+    training."""
+    text = run.data.tokens("train")[:2**24]
     slot = len(template.prefix)
     end = slot + 1 + len(template.suffix)
-    fixed = [*enumerate(template.prefix), *enumerate(template.suffix, slot + 1)]
-    pairs = Counter()
-    for start in range(0, len(text), 2**22):    # a piece at a time: text may exceed memory
-        piece = np.asarray(text[start:start + 2**22 + end])
-        at = np.arange(max(len(piece) - end, 0))
-        for offset, token in fixed:
-            at = at[piece[at + offset] == token]
-        pairs.update(zip(piece[at + slot].tolist(), piece[at + end].tolist()))
-    return pairs
+    at = np.arange(len(text) - end)
+    for offset, token in [*enumerate(template.prefix), *enumerate(template.suffix, slot + 1)]:
+        at = at[text[at + offset] == token]
+    return Counter(zip(text[at + slot].tolist(), text[at + end].tolist()))
 
 
-def find_facts(run: Run, template: Template) -> list[Fact]:
+def find_facts(run: Run, template: Template) -> Facts:
     """At most MOST_FACTS facts, no two with the same word or answer.
 
     A word is one token of letters. Answers are chosen by how much the word raises them: by count *
@@ -683,55 +581,54 @@ def find_facts(run: Run, template: Template) -> list[Fact]:
     for (word, answer), count in pairs.items():
         words[word] += count
         answers[answer] += count
-    letters = re.compile(template.word_blank + "[A-Za-z]+")
+    letters = re.compile(template.blank + "[A-Za-z]+")
     candidates = []
     for (word, answer), count in pairs.items():
         lift = count / words[word] / answers[answer] * pairs.total()
         spelt = run.encoding.decode([word])
         if count >= FEWEST_COUNT and lift > 1 and letters.fullmatch(spelt):
             candidates.append((-count * math.log(lift), word, answer))
-    facts = {}      # by answer
+    facts = {}
     for _, word, answer in sorted(candidates):
-        if word not in [fact[0] for fact in facts.values()] and answer not in facts:
-            facts[answer] = (word, answer)
-    return list(facts.values())[:MOST_FACTS]
-
-
-def given_facts(run: Run, template: Template, given: str) -> list[Fact]:
-    """The facts word:answer of --facts, separated by commas or lines."""
-    facts = []
-    for entry in re.split(r"[,\n]+", given.strip()):
-        word, _, answer = entry.partition(":")
-        word = one_token(run, "--facts", template.word_blank + word.strip())
-        answer = one_token(run, "--facts", template.answer_blank + answer.strip())
-        facts.append((word, answer))
+        if len(facts) < MOST_FACTS and word not in facts and answer not in facts.values():
+            facts[word] = answer
     return facts
 
 
-def one_token(run: Run, option: str, text: str | None) -> int | None:
+def given_facts(run: Run, template: Template, given: str) -> Facts:
+    """The facts word:answer,word:answer,... of --facts; answers with their blanks."""
+    facts = {}
+    for entry in given.split(","):
+        word, answer = entry.split(":")
+        facts[one_token(run, template.blank + word)] = one_token(run, answer)
+    return facts
+
+
+def one_token(run: Run, text: str | None) -> int | None:
     """The token that an option names, if it is given."""
     if text is None:
         return None
     ids = run.encoding.encode_ordinary(text)
     if len(ids) != 1:
-        pieces = " ".join(repr(run.encoding.decode([token])) for token in ids)
-        raise SystemExit(f"analyze.py: {option}: {text!r} is {len(ids)} tokens ({pieces})")
+        raise SystemExit(f"analyze.py: {text!r} is {len(ids)} tokens, and not one")
     return ids[0]
 
 
 @torch.inference_mode()
-def patched_logits(model: GPT, prompts: Tensor, gates: dict[int, tuple], layers: list[int],
-                   position: int, source: int) -> Tensor:
-    """(F, V) at the end of prompts (F, T) that have, at a position and in some layers, the gates of
-    the prompt source: scores and neurons, of all channels. gates: {layer: (gates, ids)}."""
+def patched_logits(model: GPT, prompts: Tensor, gates: dict[int, tuple], position: int,
+                   source: int) -> Tensor:
+    """(F, V) at the end of prompts (F, T) that have, at a position, the gates of the prompt source:
+    scores and neurons, of all channels. gates: {layer to patch: (gates, ids)}."""
+    T = prompts.shape[1]
+
     def patch(layer: int, x: Tensor, *output: Tensor) -> tuple[Tensor, ...] | None:
-        if layer not in layers:
+        if layer not in gates:
             return None
         changed = []
         for part, recorded in zip(output, gates[layer]):
-            part = part.clone().unflatten(0, prompts.shape)                           # (F, T, C, k)
-            part[:, position] = recorded.unflatten(0, prompts.shape)[source, position]
-            changed.append(part.flatten(0, 1))
+            part = part.clone()                                 # (F*T, C, k), prompt by prompt
+            part[position::T] = recorded[source * T + position]
+            changed.append(part)
         return tuple(changed)
 
     with router_hook(model, patch):
@@ -750,16 +647,16 @@ def indirect_effect(clean: Tensor, counterfactual: Tensor, patched: Tensor) -> T
     return (patched - clean) / (counterfactual - clean)
 
 
-def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, Tensor, dict]:
+def patching(run: Run, template: Template, facts: Facts) -> tuple[Tensor, Tensor, dict]:
     """Every prompt with the gates of every other, position by position, layer by layer.
 
     Returns the logits (F, V), unpatched; known (F, F): both prompts prefer their own answer; and
     {(position, layers): two effects (F, F)}, [a, b] of the gates of b in prompt a, and of every
     third prompt's.
     """
-    prompts = [template.prompt(run, word) for word, _ in facts]
+    prompts = [template.prompt(run, word) for word in facts]
     prompts = torch.tensor(prompts, device=run.device)
-    answers = torch.tensor([answer for _, answer in facts])
+    answers = torch.tensor(list(facts.values()))
     gates = {}
 
     def keep(layer: int, x: Tensor, *output: Tensor) -> None:
@@ -771,15 +668,16 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, T
     counterfactual = -clean.T           # in prompt b, the logit of a's answer less that of b's
     number = len(facts)
     progress(f"patch {number * (number - 1)} ordered pairs of {number} facts")
-    every = tuple(range(run.cfg.n_layer))
-    choices = [every, *((layer,) for layer in every)]
+    choices = {"all": gates}            # by the name of the layers
+    for layer in gates:
+        choices[str(layer)] = {layer: gates[layer]}
     positions = range(len(template.prefix) + 1, prompts.shape[1])
     effects = {}
     for position, layers in itertools.product(positions, choices):
         theirs = torch.zeros(number, number)
         third = torch.zeros(number, number)
         for source in range(number):
-            changed = patched_logits(run.model, prompts, gates, layers, position, source)
+            changed = patched_logits(run.model, prompts, choices[layers], position, source)
             effect = indirect_effect(clean, counterfactual, preferences(changed, answers))
             theirs[:, source] = effect[:, source]
             effect[source] = 0          # its own gates
@@ -791,12 +689,9 @@ def patching(run: Run, template: Template, facts: list[Fact]) -> tuple[Tensor, T
 
 
 def show_patch(args: argparse.Namespace) -> None:
+    """The gates of one prompt in another."""
     run = run_of(args)
-    source = run.data.meta["source"]
-    text = args.template or TEMPLATES.get(source.split()[0])
-    if not text:
-        raise SystemExit(f"analyze.py: data from {source} needs a --template")
-    template = Template(run, text)
+    template = Template(run, args.template)
     if args.facts:
         facts = given_facts(run, template, args.facts)
     else:
@@ -808,39 +703,35 @@ def show_patch(args: argparse.Namespace) -> None:
     a, b = known.nonzero(as_tuple=True)
     fact_numbers = torch.arange(len(facts))[:, None]
     of_fact = ((a == fact_numbers) | (b == fact_numbers)).numpy()               # (F, known pairs)
+    at = ["{}", *map(run.name, template.suffix)]
     rows = []
     for (position, layers), (theirs, third) in effects.items():
-        at = run.name(template.prompt(run, facts[0][0])[position])
-        if position == len(template.prefix) + 1:
-            at = "{}"
-        row = [at, "all" if len(layers) == run.cfg.n_layer else str(layers[0])]
+        row = [at[position - len(template.prefix) - 1], layers]
         for effect in (theirs, third, theirs - third):
             row.append(jackknife(effect[known].double().numpy(), of_fact))
         rows.append(row)
-    show(f"{text!r} with the gates of another prompt at a position: 0 where they change nothing, 1 "
-         "where they do all that the other prompt does; 95 % intervals, over facts",
+    show(f"{args.template!r} with the gates of another prompt at a position: 0 where they change "
+         "nothing, 1 where they do all that the other prompt does; 95 % intervals, over facts",
          ["position", "layers", "effect", "third prompt", "difference"], rows)
     print(f"\nMeans over the {len(a)} of {len(facts) * (len(facts) - 1)} ordered pairs whose "
           "prompts both prefer their own answer. Control: the gates of every third prompt.")
     rows = []
-    for (word, answer), p in zip(facts, logits.softmax(1)):
-        best = int(p.argmax())
-        rows.append([f"{run.name(word)} → {run.name(answer)}", p[answer].item(), run.name(best),
-                     p[best].item()])
-    show("Facts", ["fact", "p(answer)", "first choice", "p"], rows)
+    for (word, answer), p in zip(facts.items(), logits.softmax(1)):
+        rows.append([run.name(word), run.name(answer), p[answer].item(), run.name(p.argmax())])
+    show("Facts", ["word", "answer", "p(answer)", "first choice"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # neuron: where is a neuron chosen, what does it read, and what does it write?
 
-CARD_ITEMS = 8      # excerpts, and tokens in each list
-Words = list[tuple[int, float]]     # tokens, each with a value
+SHOWN = 8       # excerpts, tokens of each list, and neurons of one token
 
 
 @torch.no_grad()
-def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[Words]]:
-    """Three lists of each neuron: tokens that it promotes and suppresses, with what w_out adds to
-    their logits directly; and that it reads, with <w_in, x> of x their normed embedding.
+def neuron_words(run: Run, layer: int, rows: list[int]) -> list[dict]:
+    """Three lists (token, value) of each neuron: the tokens that it promotes and suppresses, with
+    what w_out adds to their logits directly; and that it reads, with <w_in, x> of x their normed
+    embedding.
 
     A neuron adds gate * <w_in, x> times w_out: where this product is negative, what it promotes and
     what it suppresses change places.
@@ -855,17 +746,14 @@ def neuron_words(run: Run, layer: int, rows: list[int]) -> list[list[Words]]:
     writes -= writes.mean(dim=1, keepdim=True)
     w_in = block.ffn.w_in.flatten(0, 1)[rows]
     reads = w_in @ block.ffn_norm(embeddings).T
-    words = [[] for _ in rows]
-    for values, keys in ((writes, writes), (writes, -writes), (reads, reads.abs())):
-        best = keys.topk(CARD_ITEMS).indices                            # (n, CARD_ITEMS)
+    words = [{} for _ in rows]
+    for name, values, keys in (("promotes", writes, writes), ("suppresses", writes, -writes),
+                               ("reads", reads, reads.abs())):
+        best = keys.topk(SHOWN).indices                                 # (n, SHOWN)
         best_values = values.gather(1, best)
         for of_neuron, tokens, numbers in zip(words, best.tolist(), best_values.tolist()):
-            of_neuron.append(list(zip(tokens, rounded(numbers))))
+            of_neuron[name] = list(zip(tokens, numbers))
     return words
-
-
-def rounded(values: list[float]) -> list[float]:
-    return [round(value, 3) for value in values]
 
 
 def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[dict]:
@@ -876,33 +764,29 @@ def neuron_cards(run: Run, layer: int, rows: list[int]) -> list[dict]:
     J = recording.rows.shape[2]
     # One sort of all choices, (token, slot) pairs, by neuron.
     order, offsets = kernels.sort_by_row(recording.rows[layer], recording.size)
-    cards = []
-    for row, words in zip(rows, neuron_words(run, layer, rows)):
+    cards = neuron_words(run, layer, rows)
+    for row, card in zip(rows, cards):
         pairs = order[offsets[row]:offsets[row + 1]].long()
         places = (pairs // J).tolist()
         products = recording.products[layer].flatten()[pairs]
         excerpts = {}       # by context
         for i in products.abs().argsort(descending=True, stable=True).tolist():
             place = places[i]
-            product = round(products[i].item(), 3)
-            excerpts.setdefault(contexts[place], (product, place))
-            if len(excerpts) == CARD_ITEMS:
+            excerpts.setdefault(contexts[place], (products[i].item(), place))
+            if len(excerpts) == SHOWN:
                 break
-        promotes, suppresses, reads = words
-        use = len(places) / recording.tokens.size
-        cards.append(dict(use=use, excerpts=list(excerpts.values()), promotes=promotes,
-                          suppresses=suppresses, reads=reads))
+        card["use"] = len(places) / recording.tokens.size
+        card["excerpts"] = list(excerpts.values())
     return cards
 
 
 def show_neuron(args: argparse.Namespace) -> None:
+    """Where a neuron is chosen, what it reads and writes."""
     run = run_of(args)
     layer = run.layer(args.layer)
-    channel, neuron = args.neuron
-    if not (0 <= channel < run.cfg.n_channels and 0 <= neuron < run.cfg.n_experts):
-        raise SystemExit(f"analyze.py: neuron {channel}:{neuron}, of {run.cfg.n_channels} channels "
-                         f"of {run.cfg.n_experts}, from 0")
-    [card] = neuron_cards(run, layer, [channel * run.cfg.n_experts + neuron])
+    place = tuple(map(int, args.neuron.split(":")))
+    row = np.ravel_multi_index(place, (run.cfg.n_channels, run.cfg.n_experts))
+    [card] = neuron_cards(run, layer, [int(row)])
     excerpts = []
     for product, place in card["excerpts"]:
         excerpts.append([product, *run.shown(run.trained, place)])
@@ -912,7 +796,7 @@ def show_neuron(args: argparse.Namespace) -> None:
         for token, value in pairs:
             row += [run.name(token), value]
         words.append(row)
-    show(f"Neuron {channel}:{neuron} of layer {layer}, chosen by {card['use']:.3%} of "
+    show(f"Neuron {args.neuron} of layer {layer}, chosen by {card['use']:.3%} of "
          f"{run.trained.tokens.size:,} tokens, where what it adds is largest",
          ["gate * <w_in, x>", "before", "token", "after", "next"], excerpts)
     show("Tokens that w_out promotes and suppresses, directly and less the mean (the other way "
@@ -926,9 +810,6 @@ def show_neuron(args: argparse.Namespace) -> None:
 # Hold the gates, the attention patterns and the scales of the norms, 1 / rms, at what they are on a
 # prompt: the model is then linear in the embeddings, and has no biases. So embeddings times the
 # logit's gradient add up to the logit, exactly, and so do the neurons and what passes them by.
-
-Slot = tuple[int, int, int]     # layer, t, j: where a prompt's token has chosen a neuron
-
 
 class Attribution(NamedTuple):
     """Of one logit at the last position of a prompt of T tokens; tensors on the CPU."""
@@ -970,16 +851,18 @@ def held(model: GPT) -> Iterator[list[Tensor]]:
         linear = x * torch.rsqrt(mean_square + 1e-6) * norm.scale
         return output.detach() + (linear - linear.detach())     # the value is output's to the bit
 
-    hooks = [(model.embedding, keep)]
-    norms = [model.norm]
-    for block in model.blocks:
-        hooks += [(block.ffn, keep), (block.ffn.router, hold_gates),
-                  (block.attn.q_norm, hold), (block.attn.k_norm, hold)]
-        norms += [block.attn_norm, block.ffn_norm]
-    if model.cfg.norm:
-        hooks += [(norm, hold_scale) for norm in norms]
     with contextlib.ExitStack() as stack:
-        for module, hook in hooks:
+        for name, module in model.named_modules():
+            if name.endswith(("embedding", ".ffn")):
+                hook = keep
+            elif name.endswith(".router"):
+                hook = hold_gates
+            elif name.endswith((".q_norm", ".k_norm")):
+                hook = hold
+            elif isinstance(module, RMSNorm):
+                hook = hold_scale
+            else:
+                continue
             stack.enter_context(module.register_forward_hook(hook))
         yield flows
 
@@ -1008,24 +891,23 @@ def explain(model: GPT, tokens: list[int], target: int | None = None,
                        torch.stack(neuron_shares))
 
 
-def largest(values: Tensor, count: int) -> list[Slot]:
-    """The places (layer, t, j) of the largest values (L, T, J)."""
-    best = values.flatten().argsort(descending=True, stable=True)[:count]
-    layers, positions, slots = torch.unravel_index(best, values.shape)
-    return list(zip(layers.tolist(), positions.tolist(), slots.tolist()))
+def strongest(found: Attribution, count: int) -> list[tuple[int, int, int, float, float]]:
+    """The neurons with the largest shares, of either sign: layer, t, row, share and product."""
+    shares = found.neuron_shares
+    best = shares.abs().flatten().argsort(descending=True, stable=True)[:count]
+    at = torch.unravel_index(best, shares.shape)                # layers, positions, slots
+    columns = [at[0], at[1], found.recording.rows[at], shares[at], found.recording.products[at]]
+    return list(zip(*[column.tolist() for column in columns]))
 
 
 @torch.no_grad()
-def logit_without(run: Run, found: Attribution, neurons: list[Slot]) -> float:
-    """The logit when neurons, places (layer, t, j) in the recording, add nothing at these t."""
+def logit_without(run: Run, found: Attribution, off: Tensor) -> float:
+    """The logit when the neurons that off (L, T, J) marks in the recording add nothing there."""
     def switch_off(layer: int, x: Tensor, gates: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        gates = gates.clone()
-        for of_layer, t, j in neurons:
-            if of_layer == layer:
-                row = found.recording.rows[layer, t, j].item()
-                channel, neuron = divmod(row, run.cfg.n_experts)
-                gates[t, channel, ids[t, channel] == neuron] = 0
-        return gates, ids
+        rows = run.model.blocks[layer].ffn.rows(ids).cpu()                      # (T, J)
+        marked = found.recording.rows[layer].masked_fill(~off[layer], -1)
+        chosen = (rows[:, :, None] == marked[:, None, :]).any(2)                # (T, J)
+        return gates.masked_fill(chosen.view(gates.shape).to(gates.device), 0), ids
 
     prompt = torch.from_numpy(found.recording.tokens).to(run.device)
     with router_hook(run.model, switch_off):
@@ -1033,15 +915,14 @@ def logit_without(run: Run, found: Attribution, neurons: list[Slot]) -> float:
     return contrast(logits, found.target, found.against).item()
 
 
-def alike(neurons: list[Slot], values: Tensor) -> list[Slot]:
-    """For each neuron another, of its layer and position, whose value (L, T, J) is nearest."""
-    others = []
-    for layer, t, j in neurons:
+def alike(marked: Tensor, values: Tensor) -> Tensor:
+    """For each marked neuron another, of its layer and position, whose value is nearest; (L, T, J)
+    each."""
+    others = torch.zeros_like(marked)
+    for layer, t, j in marked.nonzero().tolist():
         distance = (values[layer, t] - values[layer, t, j]).abs()
-        for taken_layer, taken_t, taken in [*neurons, *others]:
-            if (taken_layer, taken_t) == (layer, t):
-                distance[taken] = math.inf
-        others.append((layer, t, int(distance.argmin())))
+        distance[marked[layer, t] | others[layer, t]] = math.inf
+        others[layer, t, distance.argmin()] = True
     return others
 
 
@@ -1053,37 +934,36 @@ def controls(run: Run, windows: Tensor, count: int) -> dict[str, list[tuple[floa
     changes = defaultdict(list)
     for tokens in windows.tolist():
         found = explain(run.model, tokens)
-        named = largest(found.neuron_shares, count)
-        gates = found.recording.gates.abs()
-        for name, neurons in ((f"the {count} largest shares", named),
-                              ("others of equal |gate|", alike(named, gates))):
-            predicted = -sum(found.neuron_shares[at].item() for at in neurons)
-            changes[name].append((predicted, logit_without(run, found, neurons) - found.logit))
+        shares = found.neuron_shares
+        named = torch.zeros_like(shares, dtype=torch.bool)
+        named.view(-1)[shares.flatten().topk(count).indices] = True
+        others = alike(named, found.recording.gates.abs())
+        for name, off in ((f"the {count} largest shares", named),
+                          ("others of equal |gate|", others)):
+            predicted = -shares[off].sum().item()
+            changes[name].append((predicted, logit_without(run, found, off) - found.logit))
     return changes
 
 
 def show_explain(args: argparse.Namespace) -> None:
+    """What tokens and neurons add to the next token's logit."""
     run = run_of(args)
-    if run.cfg.activation != "identity":
-        raise SystemExit(f"analyze.py: {run.path} has activation={run.cfg.activation}, and shares "
-                         "add up only for identity")
     tokens = run.prompt(args.prompt)
-    target = one_token(run, "--token", args.token)
-    against = one_token(run, "--against", args.against)
+    target = one_token(run, args.token)
+    against = one_token(run, args.against)
     found = explain(run.model, tokens, target, against)
     names = [f"{t} {run.name(token)}" for t, token in enumerate(tokens)]
     neurons = []
-    for layer, t, j in largest(found.neuron_shares.abs(), 12):
-        row = found.recording.rows[layer, t, j].item()
-        [[promotes, suppresses, reads]] = neuron_words(run, layer, [row])
-        if found.recording.products[layer, t, j] < 0:
-            promotes, suppresses = suppresses, promotes
-        words = []
-        for pairs in (promotes, suppresses, reads):
-            words.append(" ".join(run.name(token) for token, _ in pairs[:4]))
+    for layer, t, row, share, product in strongest(found, 12):
+        [lists] = neuron_words(run, layer, [row])
+        words = {}
+        for kind, pairs in lists.items():
+            words[kind] = " ".join(run.name(token) for token, _ in pairs[:4])
+        writes = [words["promotes"], words["suppresses"]]
+        if product < 0:
+            writes.reverse()
         channel, neuron = divmod(row, run.cfg.n_experts)
-        neurons.append([layer, names[t], f"{channel}:{neuron}",
-                        found.neuron_shares[layer, t, j].item(), *words])
+        neurons.append([layer, names[t], f"{channel}:{neuron}", share, *writes, words["reads"]])
     other = "the mean logit" if against is None else f"that of {run.name(against)}"
     total = found.token_shares.double().sum().item()
     show(f"The logit of {run.name(found.target)} as the next token, less {other}, is "
@@ -1098,7 +978,7 @@ def show_explain(args: argparse.Namespace) -> None:
 
 def show_controls(run: Run) -> None:
     """Do shares say what neurons do?"""
-    windows, _ = run.data.windows("val", run.data.val_starts(100))
+    windows = run.data.windows("val", run.data.val_starts(100))[:, :-1]
     windows = windows[:, :64]
     count = min(8, run.cfg.n_channels * run.cfg.top_k // 2)     # leaves as many others
     if count == 0:
@@ -1120,41 +1000,13 @@ def show_controls(run: Run) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# what mimic and redistribute share: many small trainings at once
+# what mimic and redistribute share
 
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def start_worker() -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker without a traceback
+def prepare_trainings() -> None:
+    """One thread: on a CPU the numbers do not depend on how many cores there are."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)      # Adam's moments of unused neurons become denormals, slow
     keep_memory()
-
-
-def parallel(function: Callable, jobs: list[tuple], device: str) -> Iterator:
-    """function(*job) for all jobs, in their order: on a CPU a process per core, else one by one.
-
-    function belongs to a module; jobs and results are pickled. One thread each: on a CPU the
-    numbers do not depend on how many cores there are.
-    """
-    if device == "cuda":
-        yield from itertools.starmap(function, jobs)
-        return
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(cores, len(jobs)), spawn, start_worker) as pool:
-        try:
-            yield from pool.map(function, *zip(*jobs))
-        except BaseException:           # Ctrl-C too: do not wait for jobs that take minutes
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1243,54 +1095,41 @@ def layer_inputs(run: Run, layer: int, windows: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def imitate(file: Path, kind: str, m: int, name: str, steps: int, device: str) -> float:
-    """Fits a student to one kind of the inputs that mimic saved in file. Returns what it leaves
-    unexplained of those held out."""
-    saved = torch.load(file, mmap=True, weights_only=True)
-    x, y, held_x, held_y = (tensor.to(device) for tensor in saved[kind])
+def imitate(ffn: nn.Module, name: str, m: int, x: Tensor, held_x: Tensor, steps: int) -> float:
+    """Fits a student of m active neurons to what a layer makes of x. Returns what it leaves
+    unexplained of the outputs for inputs held out."""
+    y = outputs(ffn, x)
     scale = (y - y.mean(0)).square().mean().sqrt()
-    student = make_student(name, m, x.shape[1]).to(device)
+    student = make_student(name, m, x.shape[1]).to(x.device)
     fit(student, x, y / scale, steps * LONGER if name == "dense" else steps)
-    return unexplained(held_y, scale * outputs(student, held_x))
+    return unexplained(outputs(ffn, held_x), scale * outputs(student, held_x))
 
 
 def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
     """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones:
     {(inputs, m, student): the fraction of the variance that it leaves unexplained}."""
+    prepare_trainings()
     T = run.cfg.block_size
-    n = run.data.n_windows()
-    count = max(1, min(2**17 // T, n))
+    n = run.data.n_windows
+    count = min(2**17 // T, n)
     starts = np.arange(count) * (n // count) * T
     progress(f"record layer {layer} on {count} windows of {T} tokens")
-    real = layer_inputs(run, layer, run.data.windows("train", starts)[0])       # (N, D)
+    real = layer_inputs(run, layer, run.data.windows("train", starts)[:, :-1])  # (N, D)
     held = layer_inputs(run, layer, run.validation())
     normal = gaussian_like(real.cpu(), len(real) + len(held)).to(run.device)
-    ffn = run.model.blocks[layer].ffn
-    inputs = {}
-    for kind, x, held_x in (("real", real, held),
-                            ("Gaussian", normal[:len(real)], normal[len(real):])):
-        parts = (x, outputs(ffn, x), held_x, outputs(ffn, held_x))
-        inputs[kind] = [part.cpu().clone() for part in parts]
+    inputs = {"real": (real, held), "Gaussian": normal.split([len(real), len(held)])}
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "inputs.pt")
-        torch.save(inputs, file)
-        jobs = []
-        for kind, m, name in itertools.product(inputs, ACTIVE, STUDENTS):
-            jobs.append((file, kind, m, name, steps, run.device))
-        for job, left in zip(jobs, parallel(imitate, jobs, run.device)):
-            _, kind, m, name, *_ = job
-            results[kind, m, name] = left
-            progress(f"{len(results)}/{len(jobs)} {kind} inputs, {m} active neurons, {name}: "
-                     f"{left:.4f} of the variance unexplained")
+    for kind, m, name in itertools.product(inputs, ACTIVE, STUDENTS):
+        left = imitate(run.model.blocks[layer].ffn, name, m, *inputs[kind], steps)
+        progress(f"{kind} inputs, {m} active neurons, {name}: {left:.4f} of the variance left")
+        results[kind, m, name] = left
     return results
 
 
 def show_mimic(args: argparse.Namespace) -> None:
+    """Students of a dense layer (a run of --ffn=mlp), with few active neurons."""
     run = run_of(args, ffn="mlp")
-    layer = run.cfg.n_layer // 2
-    if args.layer is not None:
-        layer = run.layer(args.layer)
+    layer = run.layer(args.layer)
     results = mimic(run, layer, args.steps)
     rows = []
     for kind, m in itertools.product(("real", "Gaussian"), ACTIVE):
@@ -1314,13 +1153,13 @@ def show_mimic(args: argparse.Namespace) -> None:
 EOS = 11                            # after the ten digits; the paper's PAD, 10, is not needed here
 SEEDS = (42, 137, 256, 512, 1024)   # the paper's
 CHECK = 100                         # steps between checks whether all answers are right
-VARIANTS = {    # feedforward layers; the paper's accuracy without them, and its deviation (Fig. 1)
-    "dense 256": (dict(ffn="mlp", d_ff=256), (0.119, 0.036)),
-    "GLU 128": (dict(ffn="swiglu", d_ff=128), (0.097, 0.024)),
-    "dense 64": (dict(ffn="mlp", d_ff=64), (0.237, 0.053)),
-    "MoE top-2": (dict(ffn="moe", n_experts=4, d_ff=64, top_k=2), (0.187, 0.069)),
-    "MoE top-1": (dict(ffn="moe", n_experts=4, d_ff=64, top_k=1), (0.443, 0.125)),
-    "sgatlin": (dict(n_channels=16, n_experts=64, top_k=4, d_key=16), (math.nan, math.nan)),
+VARIANTS = {    # feedforward layers; the paper's accuracies without them (its Fig. 1):
+    "dense 256": dict(ffn="mlp", d_ff=256),                         # 0.119 ± 0.036
+    "GLU 128": dict(ffn="swiglu", d_ff=128),                        # 0.097 ± 0.024
+    "dense 64": dict(ffn="mlp", d_ff=64),                           # 0.237 ± 0.053
+    "MoE top-2": dict(ffn="moe", n_experts=4, d_ff=64, top_k=2),    # 0.187 ± 0.069
+    "MoE top-1": dict(ffn="moe", n_experts=4, d_ff=64, top_k=1),    # 0.443 ± 0.125
+    "sgatlin": dict(n_channels=16, n_experts=64, top_k=4, d_key=16),
 }
 
 
@@ -1358,10 +1197,9 @@ def right_without_ffn(model: GPT, inputs: Tensor, targets: Tensor) -> float:
 
 def addition_model(name: str, norm: bool, seed: int) -> GPT:
     """One layer of four heads with the feedforward layer of a variant."""
-    settings, _ = VARIANTS[name]
     torch.manual_seed(seed)
     return GPT(GPTConfig(vocab_size=EOS + 1, block_size=8, n_layer=1, d_model=64, d_head=16,
-                         norm=norm, **settings))
+                         norm=norm, **VARIANTS[name]))
 
 
 class Learned(NamedTuple):
@@ -1390,34 +1228,30 @@ def learn_addition(name: str, norm: bool, seed: int, steps: int, device: str) ->
 
 def redistribute(steps: int, device: str) -> dict[tuple[str, bool], list[Learned]]:
     """Trains every variant without and with norm, a model per seed; keys are (variant, norm)."""
-    jobs = []
-    for norm, name, seed in itertools.product((False, True), VARIANTS, SEEDS):
-        jobs.append((name, norm, seed, steps, device))
+    prepare_trainings()
     results = defaultdict(list)
-    trained = zip(jobs, parallel(learn_addition, jobs, device))
-    for number, (job, found) in enumerate(trained, 1):
-        name, norm, seed, *_ = job
+    for norm, name, seed in itertools.product((False, True), VARIANTS, SEEDS):
+        found = learn_addition(name, norm, seed, steps, device)
+        progress(f"{name}, norm={norm}, seed {seed}: {found.steps} steps, accuracy "
+                 f"{found.whole:.3f}, without FFN {found.no_ffn:.3f}")
         results[name, norm].append(found)
-        progress(f"{number}/{len(jobs)} {name}, norm={norm}, seed {seed}: {found.steps} steps, "
-                 f"accuracy {found.whole:.3f}, without FFN {found.no_ffn:.3f}")
     return results
 
 
 def show_redistribute(args: argparse.Namespace) -> None:
+    """Do sparse layers leave more to attention? Trains 60 tiny models of x + 7."""
     results = redistribute(args.steps, args.device)
     rows = []
-    for name, (_, paper) in VARIANTS.items():
-        cells = {}
-        solved = 0
+    for name in VARIANTS:
+        row = [name]
         for norm in (False, True):
             no_ffn = [model.no_ffn for model in results[name, norm]]
-            solved += sum(model.whole == 1 for model in results[name, norm])
-            cells[norm] = interval(statistics.fmean(no_ffn), statistics.stdev(no_ffn))
-        rows.append([name, cells[False], interval(*paper), cells[True],
-                     f"{solved} of {2 * len(SEEDS)}"])
+            solved = sum(model.whole == 1 for model in results[name, norm])
+            row += [interval(statistics.fmean(no_ffn), statistics.stdev(no_ffn)), solved]
+        rows.append(row)
     show(f"Share of right digits with the FFN's output set to zero, in models that learned x + 7 "
          f"in {args.steps} steps at most; mean ± standard deviation over {len(SEEDS)} seeds",
-         ["feedforward layer", "no norm", "paper, no norm", "norm", "solved"], rows)
+         ["feedforward layer", "no norm", "solved", "norm", "solved"], rows)
     print("\nWhere many digits are right without it, attention does much of the work. To say 0 "
           "always gets 0.323, because the last digit is 0 unless x > 992.")
 
@@ -1428,14 +1262,14 @@ def show_redistribute(args: argparse.Namespace) -> None:
 
 # Settings that leave the result as it is, and those that have a column of their own.
 DEFAULTS = vars(TrainConfig())
-PLACES = {"data_dir", "out_dir", "resume", "overwrite"}
+PLACES = {"data_dir", "out_dir", "resume", "overwrite", "device"}
 NO_RESULT = PLACES | {"scale", "steps", "flops", "seed", "micro_batch_size", "eval_interval",
-                      "log_interval", "device", "compile", "shard"}
+                      "log_interval", "compile", "shard"}
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
 
 
 def read_runs(path: Path) -> list[dict]:
-    """The run of a folder or of its log, or the runs of a file that keep wrote.
+    """The run of a folder or of its log, if it has an evaluation, or the runs that keep wrote.
 
     A run is a dict: run (its name), settings (all of train.py's), data, evals, seconds (of all
     steps, at the pace of the median one: it may have slept, or shared a processor), machine,
@@ -1444,25 +1278,21 @@ def read_runs(path: Path) -> list[dict]:
     file = path / "log.jsonl" if path.is_dir() else path
     kept = []
     by_event = defaultdict(list)
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        entry = None
-        with contextlib.suppress(json.JSONDecodeError):         # a kill can cut a line short
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
             entry = json.loads(line)
-        if not isinstance(entry, dict):
-            continue
-        if "evals" in entry:
-            kept.append(entry | dict(settings=DEFAULTS | entry["settings"]))
-        else:
-            by_event[entry.pop("event")].append(entry)
-    starts = by_event["config"] + by_event["resume"]
-    if not starts:
+            if "evals" in entry:
+                kept.append(entry | dict(settings=DEFAULTS | entry["settings"]))
+            else:
+                by_event[entry["event"]].append(entry)
+    if not by_event["eval"]:            # kept runs, or a start that failed
         return kept
+    starts = by_event["config"] + by_event["resume"]
     settings = DEFAULTS | starts[-1]["config"]
     paces = []
     for before, after in itertools.pairwise(by_event["step"]):
         steps = after["step"] - before["step"]
-        if steps > 0:
-            paces.append((after["seconds"] - before["seconds"]) / steps)
+        paces.append((after["seconds"] - before["seconds"]) / steps)
     seconds = settings["steps"] * statistics.median(paces) if paces else None
     machines = dict.fromkeys(start["versions"]["machine"] for start in starts)
     return [dict(run=file.resolve().parent.name, settings=settings, data=starts[0]["data"],
@@ -1478,23 +1308,19 @@ def commit_of(folder: Path) -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def steps_done(run: dict) -> int:
-    return run["evals"][-1]["step"] if run["evals"] else 0
-
-
 def is_finished(run: dict) -> bool:
-    return steps_done(run) == run["settings"]["steps"]
+    return run["evals"][-1]["step"] == run["settings"]["steps"]
 
 
 def show_keep(args: argparse.Namespace) -> None:
-    """Of its settings a kept run has those that differ from TrainConfig's."""
+    """A line of JSON for each finished run, with the settings that are not the default."""
     for run in itertools.chain(*map(read_runs, args.runs)):
         if not is_finished(run):
             progress(f"left out, not finished: {run['run']}")
             continue
         settings = {}
         for name, value in run["settings"].items():
-            if name not in PLACES and (name not in DEFAULTS or value != DEFAULTS[name]):
+            if name not in PLACES and value != DEFAULTS.get(name):
                 settings[name] = value
         print(json.dumps(run | dict(settings=settings)))
 
@@ -1511,30 +1337,7 @@ def result_settings(run: dict) -> dict:
 
 def group_key(run: dict) -> str:
     """What runs that differ by their seeds have in common."""
-    return repr((result_settings(run), run["settings"]["flops"], steps_done(run)))
-
-
-def comparable(runs: list[dict]) -> list[dict]:
-    """The runs to compare: finished ones, where there are any, and each once. Losses on different
-    text, or on windows of different lengths, must not be compared."""
-    finished = [run for run in runs if is_finished(run)]
-    finished = finished or [run for run in runs if run["evals"]]
-    chosen = {}
-    measured = {}       # a run for each way of measuring
-    for run in runs:
-        settings = run["settings"]
-        key = repr((group_key(run), settings["seed"]))
-        if run not in finished or key in chosen:
-            why = f"the same as {chosen[key]['run']}" if key in chosen else "not finished"
-            progress(f"left out, {why}: {run['run']}")
-            continue
-        chosen[key] = run
-        how = (run["data"]["fingerprint"], settings["block_size"], settings["eval_sequences"])
-        measured.setdefault(how, run["run"])
-    if len(measured) > 1:
-        raise SystemExit("analyze.py: runs that are not comparable: their data, block_size and "
-                         f"eval_sequences are {measured}")
-    return list(chosen.values())
+    return repr((result_settings(run), run["settings"]["flops"], run["evals"][-1]["step"]))
 
 
 def student_t(values: np.ndarray, freedom: int) -> float:
@@ -1546,8 +1349,9 @@ def student_t(values: np.ndarray, freedom: int) -> float:
     return float(t.ppf(0.975, freedom) * error)
 
 
-def over_seeds(values: np.ndarray) -> str:
-    return interval(float(values.mean()), student_t(values, len(values) - 1))
+def over_seeds(values: np.ndarray) -> tuple[float, float]:
+    """The mean, and half its interval."""
+    return float(values.mean()), student_t(values, len(values) - 1)
 
 
 class Group:
@@ -1569,7 +1373,7 @@ class Group:
         self.loss = float(self.losses.mean())
         # Seconds are comparable on one machine; a median, for another program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
-        self.seconds = statistics.median(seconds) if seconds else math.nan
+        self.seconds = statistics.median(seconds) if seconds else None
 
     def less(self, other: "Group") -> tuple[float, float]:
         """The difference of two losses, and half its interval. It has the degrees of freedom of the
@@ -1580,30 +1384,38 @@ class Group:
 
 
 def group_runs(runs: list[dict]) -> list[Group]:
-    """The lowest loss first."""
-    machines = Counter(run["machine"] for run in runs)
-    [(machine, _)] = machines.most_common(1)
-    members = defaultdict(list)
-    for run in runs:
-        members[group_key(run)].append(run)
-    groups = [Group(of_key, machine) for of_key in members.values()]
+    """Groups of the finished runs, where there are any, and each once; the lowest loss first.
+
+    Losses on different text, or on windows of different lengths, must not be compared.
+    """
+    members = defaultdict(dict)     # by what they have in common: runs by seed
+    measured = {}                   # a run for each way of measuring
+    finished = [run for run in runs if is_finished(run)]
+    for run in finished or runs:
+        settings = run["settings"]
+        members[group_key(run)].setdefault(settings["seed"], run)
+        how = (run["data"]["fingerprint"], settings["block_size"], settings["eval_sequences"])
+        measured[how] = run["run"]
+    if len(measured) > 1:
+        raise SystemExit("analyze.py: runs that are not comparable: their data, block_size and "
+                         f"eval_sequences are {measured}")
+    left_out = len(runs) - sum(map(len, members.values()))
+    if left_out:
+        progress(f"{left_out} runs left out: not finished, or the same as another")
+    [(machine, _)] = Counter(run["machine"] for run in runs).most_common(1)
+    groups = [Group(list(by_seed.values()), machine) for by_seed in members.values()]
     return sorted(groups, key=lambda group: group.loss)
 
 
-def best_groups(groups: list[Group]) -> dict[str, list[Group]]:
-    """Of each layer the best group of every budget, the smallest budget first.
+def best_groups(groups: list[Group]) -> dict[tuple[str, float], Group]:
+    """{(layer, budget): the best group}, the smallest budget first.
 
     It has the most seeds, so that the luck of a single one does not win against a mean; of several
     such groups it has the lowest loss.
     """
-    found = {}      # by layer and budget
-    for group in groups:
-        chosen = found.setdefault((group.layer, group.budget), group)
-        if len(group.losses) > len(chosen.losses):
-            found[group.layer, group.budget] = group
-    best = {group.layer: [] for group in groups}
-    for group in sorted(found.values(), key=lambda group: group.budget):
-        best[group.layer].append(group)
+    best = {}
+    for group in sorted(groups, key=lambda group: (group.budget, len(group.runs), -group.loss)):
+        best[group.layer, group.budget] = group     # the last one stays
     return best
 
 
@@ -1617,23 +1429,28 @@ def sizes_of(group: Group, groups: list[Group]) -> str:
     return " ".join(words)
 
 
-def group_rows(groups: list[Group], best: list[Group], budget: float) -> list[list]:
+def group_rows(groups: list[Group], budget: float) -> list[list]:
     """The groups of a budget, beside sgatlin's best."""
-    ours = [group for group in best if group.layer == "sgatlin" and group.budget == budget]
+    best = best_groups(groups)
+    ours = best.get(("sgatlin", budget))
     rows = []
     for group in groups:
         if group.budget != budget:
             continue
+        star = "*" if group is best[group.layer, budget] else ""
         difference = "-"
         ratio = None
-        if ours and ours[0] is not group:
-            mean, half = ours[0].less(group)
+        if ours and ours is not group:
+            mean, half = ours.less(group)
             difference = interval(mean, half)
             ratio = math.exp(mean)
         used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))     # no MLP's
-        rows.append(["*" if group in best else "", group.layer, sizes_of(group, groups),
-                     len(group.runs), group.last["step"], group.last["flops"], group.seconds,
-                     over_seeds(group.losses), over_seeds(group.bits), difference, ratio, used])
+        loss = interval(*over_seeds(group.losses))
+        bits = interval(*over_seeds(group.bits))
+        flops = f"{group.last['flops']:.3g}"
+        rows.append([star, group.layer, sizes_of(group, groups), len(group.runs),
+                     group.last["step"], flops, group.seconds, loss, bits, difference, ratio,
+                     used])
     return rows
 
 
@@ -1650,99 +1467,77 @@ def bits_after(elapsed: float, best: list[Group]) -> str:
         lines = [[group.bits.mean() for group in best]]
     seconds = np.log([group.seconds for group in best])
     found = [np.interp(math.log(elapsed), seconds, line) for line in lines]
-    return over_seeds(np.array(found))
+    return interval(*over_seeds(np.array(found)))
 
 
-def show_same_seconds(best: dict[str, list[Group]]) -> None:
+def show_same_seconds(groups: list[Group]) -> None:
     """At both ends and in the middle of the time that the layers with several budgets cover."""
-    lines = {}
-    for layer, of_layer in best.items():
-        timed = [group for group in of_layer if group.budget and not math.isnan(group.seconds)]
-        if len(timed) > 1:
-            lines[layer] = sorted(timed, key=lambda group: group.seconds)
-    if not lines:
-        return
-    start = max(timed[0].seconds for timed in lines.values())
-    end = min(timed[-1].seconds for timed in lines.values())
+    timed = [group for group in best_groups(groups).values() if group.budget and group.seconds]
+    lines = defaultdict(list)       # by layer
+    for group in sorted(timed, key=lambda group: group.seconds):
+        lines[group.layer].append(group)
+    lines = {layer: of_layer for layer, of_layer in lines.items() if len(of_layer) > 1}
+    start = max((of_layer[0].seconds for of_layer in lines.values()), default=math.inf)
+    end = min((of_layer[-1].seconds for of_layer in lines.values()), default=0)
     if start >= end:
         return
     rows = []
     for elapsed in np.geomspace(start, end, 3):
-        rows.append([f"{elapsed:.0f}", *(bits_after(elapsed, timed) for timed in lines.values())])
+        rows.append([f"{elapsed:.0f}", *(bits_after(elapsed, best) for best in lines.values())])
     show("Bits per byte after the same seconds", ["seconds", *lines], rows)
 
 
-def line_chart(title: str, panels: list[tuple]):
-    """Charts side by side. A panel: title of x, title of y, and lines (name, mode, x, y); lines of
-    one name have one colour. The axes of x are logarithmic."""
+def draw_curves(groups: list[Group], path: Path) -> None:
+    """The best groups of each layer by budget, means with intervals; and the losses of every run
+    against steps, FLOPs and seconds."""
+    from plotly.colors import qualitative
     from plotly.subplots import make_subplots
-    figure = make_subplots(rows=1, cols=len(panels))
-    figure.update_layout(title=title, height=480)
+    loss = "validation loss, nats per token"
+    lines = defaultdict(list)       # by titles of x and y, layer and run: (x, y, half an interval)
+    for (layer, budget), group in best_groups(groups).items():
+        if budget:
+            point = (budget, *over_seeds(group.losses))
+            lines["FLOPs of training", loss, layer, None].append(point)
+            point = (group.seconds, *over_seeds(group.bits))
+            lines["seconds of training", "bits per byte", layer, None].append(point)
+    for group in groups:
+        for run in group.runs:
+            for entry in run["evals"][1:]:      # a logarithmic axis has no step 0
+                for name in ("step", "flops", "seconds"):
+                    point = (entry[name], entry["val_loss"], None)
+                    lines[name, loss, group.layer, id(run)].append(point)
+    panels = list(dict.fromkeys(line[:2] for line in lines))
+    figure = make_subplots(rows=len(panels), cols=1)
+    figure.update_layout(template="plotly_white", height=480 * len(panels))
     colours = {}
-    for column, (x_title, y_title, lines) in enumerate(panels, 1):
-        figure.update_xaxes(title=x_title, type="log", row=1, col=column)
-        figure.update_yaxes(title=y_title, row=1, col=column)
-        for name, mode, x, y in lines:
-            new = name not in colours
-            colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
-            figure.add_scatter(x=x, y=y, name=name, mode=mode, legendgroup=name, showlegend=new,
-                               marker=dict(color=colour, size=6), row=1, col=column)
-    return figure
-
-
-def budget_chart(best: dict[str, list[Group]]):
-    """Loss against FLOPs, and bits per byte against seconds, of the best groups of each layer: a
-    line through the means, a point for each seed."""
-    panels = []
-    for x_title, x_name, y_title, y_name in (
-            ("FLOPs of training", "budget", "validation loss, nats per token", "losses"),
-            ("seconds of training", "seconds", "bits per byte", "bits")):
-        lines = []
-        for layer, of_layer in best.items():
-            groups = [group for group in of_layer if group.budget]
-            means = [getattr(group, y_name).mean() for group in groups]
-            lines.append((layer, "lines", [getattr(group, x_name) for group in groups], means))
-            for group in groups:
-                values = getattr(group, y_name).tolist()
-                lines.append((layer, "markers", [getattr(group, x_name)] * len(values), values))
-        panels.append((x_title, y_title, lines))
-    return line_chart("Trained with equal FLOPs", panels)
-
-
-def loss_chart(groups: list[Group]):
-    """The loss of every run against steps, FLOPs and seconds."""
-    panels = []
-    for x_name in ("step", "flops", "seconds"):
-        lines = []
-        for group in groups:
-            for run in group.runs:
-                evals = [entry for entry in run["evals"] if entry[x_name]]  # the axis has no 0
-                x = [entry[x_name] for entry in evals]
-                y = [entry["val_loss"] for entry in evals]
-                lines.append((group.layer, "lines", x, y))
-        panels.append((x_name, "validation loss, nats per token", lines))
-    return line_chart("Validation loss", panels)
+    for (x_title, y_title, layer, run), points in lines.items():
+        x, y, half = zip(*points)
+        mode = "lines" if run else "lines+markers"
+        at = dict(row=panels.index((x_title, y_title)) + 1, col=1)
+        new = layer not in colours
+        colour = colours.setdefault(layer, qualitative.D3[len(colours) % 10])
+        figure.update_xaxes(title=x_title, type="log", **at)
+        figure.update_yaxes(title=y_title, **at)
+        figure.add_scatter(x=x, y=y, error_y=dict(array=half, width=0), mode=mode, name=layer,
+                           legendgroup=layer, showlegend=new, marker_color=colour, **at)
+    write_page(path, figure.to_html())
 
 
 def show_curves(args: argparse.Namespace) -> None:
+    """The losses of runs, and their differences, over seeds."""
     path = place_for(args.out_dir, "curves.html")
-    runs = comparable(list(itertools.chain(*map(read_runs, args.runs))))
+    runs = list(itertools.chain(*map(read_runs, args.runs)))
     if not runs:
         raise SystemExit("analyze.py: none of these is a run of train.py with an evaluation")
     groups = group_runs(runs)
-    best = best_groups(groups)
-    starred = list(itertools.chain(*best.values()))
     if has_plotly():
-        charts = [loss_chart(groups)]
-        if any(group.budget for group in groups):
-            charts.insert(0, budget_chart(best))
-        write_charts(path, "Runs", charts)
+        draw_curves(groups, path)
     for budget in sorted({group.budget for group in groups}):
         show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
              ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
               "bits per byte", "sgatlin less it", "ratio", "used"],
-             group_rows(groups, starred, budget))
-    show_same_seconds(best)
+             group_rows(groups, budget))
+    show_same_seconds(groups)
     print("\nLosses after the last step, 95 % intervals over seeds by Student's t. A star: the "
           "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
           "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
@@ -1751,160 +1546,127 @@ def show_curves(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # report: a page with a passage and a map whose tokens can be clicked, and what is known of each
 
-SHOWN = 8       # nearest circuits, and neurons, of one token
-
-
 def token_items(run: Run, source: Recording, places: list[int]) -> list[dict]:
-    """What the page says of tokens at places of a recording: its text, what the model expects next,
-    and for every layer the nearest circuits [place, distance] and the neurons [row, product]."""
-    items = []
-    for place in places:
-        p = source.p[place].double().round(decimals=2)
-        expected = list(zip(source.top[place].tolist(), p.tolist()))
-        items.append(dict(text=run.excerpt(source.tokens, place), why=None, layers=[],
-                          next=expected))
+    """What the page says of tokens at places of a recording: its text, and, layer by layer, the
+    nearest circuits [place, distance] and the neurons [row, product]."""
+    near = []
+    neurons = []
     for layer in range(run.cfg.n_layer):
-        found = nearest_circuits(run, source, places, layer)
+        near.append(nearest_circuits(run, source, places, layer))
         products = source.products[layer, places]                               # (M, J)
         order = products.abs().argsort(dim=1, descending=True, stable=True)
         order = order[:, :SHOWN]
         rows = source.rows[layer, places].gather(1, order).tolist()
         values = products.gather(1, order).tolist()
-        for item, near, of_rows, of_values in zip(items, found, rows, values):
-            near = [(place, round(1 - similarity, 3)) for place, similarity in near[:SHOWN]]
-            neurons = list(zip(of_rows, rounded(of_values)))
-            item["layers"].append(dict(near=near, neurons=neurons))
+        neurons.append([list(zip(*of_token)) for of_token in zip(rows, values)])
+    items = []
+    for place, of_near, of_neurons in zip(places, zip(*near), zip(*neurons)):
+        items.append(dict(text=run.shown(source, place), near=of_near, neurons=of_neurons))
     return items
-
-
-def why_item(run: Run, tokens: list[int]) -> dict | None:
-    """What a prompt's tokens and neurons add to the logit of the likeliest next token; None where
-    neurons are not linear."""
-    if run.cfg.activation != "identity":
-        return None
-    found = explain(run.model, tokens)
-    neurons = []
-    for at in largest(found.neuron_shares.abs(), SHOWN):
-        layer, t, _ = at
-        row = found.recording.rows[at].item()
-        share = found.neuron_shares[at].item()
-        product = found.recording.products[at].item()
-        neurons.append([layer, t, row, *rounded([share, product])])
-    return dict(target=found.target, logit=round(found.logit, 3), neurons=neurons,
-                shares=rounded(found.token_shares.tolist()))
-
-
-def plane(circuits: Circuits) -> np.ndarray:
-    """Coordinates (M, 2) of circuits: UMAP of their cosine distances (the paper's Figure 6)."""
-    from umap import UMAP
-    distances = (1 - gram(circuits)).clamp(min=0)
-    distances = distances.fill_diagonal_(0).numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # distances have no inverse, a seed means one thread
-        mapper = UMAP(n_neighbors=15, metric="precomputed", random_state=0)
-        return mapper.fit_transform(distances).astype(float).round(2)
 
 
 def map_places(tokens: np.ndarray) -> list[int]:
     """Of each of the 100 most frequent tokens at most 10 places, at random."""
     rng = np.random.default_rng(0)
     places = []
-    often = np.argsort(-np.bincount(tokens.ravel()), kind="stable")
-    for token in often[:100]:
+    for token, _ in Counter(tokens.ravel().tolist()).most_common(100):
         of_token = rng.permutation(np.flatnonzero(tokens == token))
         places += of_token[:10].tolist()
     return places
 
 
-def view_item(run: Run, recording: Recording, layer: int, places: list[int]) -> dict:
-    """A map of a layer: the coordinates of its points, what to show of the axes, and the names of
-    the most frequent tokens, each in the middle of its points."""
+def map_item(run: Run, layer: int, places: list[int]) -> dict:
+    """UMAP of the cosine distances of circuits (the paper's Figure 6): the coordinates, what to
+    show of the axes, and the names of the most frequent tokens, each amid its points."""
+    from sklearn.metrics.pairwise import cosine_distances
+    from umap import UMAP
     progress(f"map {len(places)} circuits of layer {layer}")
-    xy = plane(recording.circuits(layer).at(places))                            # (M, 2)
+    distances = cosine_distances(run.trained.circuits(layer).at(places).dense().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # distances have no inverse, a seed means one thread
+        xy = UMAP(metric="precomputed", random_state=0).fit_transform(distances)        # (M, 2)
     low, high = np.percentile(xy, [4, 96], axis=0)          # a few far points would squeeze all
     margin = 0.15 * (high - low)
-    tokens = recording.tokens.ravel()[places]
+    tokens = run.trained.tokens.ravel()[places]
     names = []
     for token in list(dict.fromkeys(tokens.tolist()))[:40]:
         middle = np.median(xy[tokens == token], axis=0)
         names.append([run.name(token).strip("·"), *middle.tolist()])
-    low -= margin
-    high += margin
-    return dict(name=f"layer {layer}", layer=layer, xy=xy.tolist(), low=low.tolist(),
-                high=high.tolist(), names=names)
+    return dict(xy=xy.tolist(), low=(low - margin).tolist(), high=(high + margin).tolist(),
+                names=names)
 
 
-def card_items(run: Run, items: list[dict]) -> dict[str, dict]:
-    """The cards, by "layer row", of all neurons that the page shows."""
-    wanted = defaultdict(set)
-    for item in items:
-        for layer, of_layer in enumerate(item["layers"]):
-            wanted[layer].update(row for row, _ in of_layer["neurons"])
-        for layer, _, row, *_ in item["why"]["neurons"] if item["why"] else []:
-            wanted[layer].add(row)
-    cards = {}
-    for layer, rows in wanted.items():
-        progress(f"make cards of {len(rows)} neurons of layer {layer}")
-        for row, card in zip(sorted(rows), neuron_cards(run, layer, sorted(rows))):
-            cards[f"{layer} {row}"] = card
-    return cards
-
-
-def page_data(run: Run, tokens: list[int], layer: int, with_map: bool) -> dict:
+def page_data(run: Run, tokens: list[int], with_map: bool) -> dict:
     """All that the page can show, as JSON holds it."""
     source = record(run.model, torch.tensor([tokens]))
-    progress(f"explain {len(tokens)} tokens of a passage")
     passage = token_items(run, source, list(range(len(tokens))))
+    neurons = defaultdict(set)      # by layer: the rows of those shown
     for t, item in enumerate(passage):
-        item["why"] = why_item(run, tokens[:t + 1])
-    layers = range(run.cfg.n_layer)
-    views = [dict(name=f"layer {of_layer}", layer=of_layer) for of_layer in layers]
+        found = explain(run.model, tokens[:t + 1])
+        strong = strongest(found, SHOWN)
+        item["why"] = dict(target=found.target, logit=found.logit,
+                           shares=found.token_shares.tolist(), neurons=strong)
+        for layer, _, row, *_ in strong:
+            neurons[layer].add(row)
     points = []
-    classes = Classes(np.empty(0), [])
+    maps = []
+    classes = []
     if with_map:
         places = map_places(run.trained.tokens)
         points = token_items(run, run.trained, places)
-        classes = context_classes(run)
-        views = [view_item(run, run.trained, of_layer, places) for of_layer in layers]
-        control = view_item(run, run.untrained, layer, places)
-        views.append(control | dict(name=f"layer {layer}, map of the untrained"))
+        maps = [map_item(run, layer, places) for layer in range(run.cfg.n_layer)]
+        of_token, classes = context_classes(run)
         for point, place in zip(points, places):
-            point["label"] = int(classes.of_token[run.trained.tokens.flat[place]])
-    cards = card_items(run, passage + points)
-    seen = set()        # the places whose text is shown
+            point["label"] = int(of_token[run.trained.tokens.flat[place]])
+    seen = set()                    # the places of excerpts
     for item in passage + points:
-        for of_layer in item["layers"]:
-            seen.update(place for place, _ in of_layer["near"])
-    for card in cards.values():
-        seen.update(place for _, place in card["excerpts"])
-    texts = {}
-    for place in sorted(seen):
-        texts[place] = run.shown(run.trained, place)
-    return dict(view=layer, views=views, neurons=run.cfg.n_experts, passage=passage, points=points,
-                cards=cards, texts=texts, classes=classes.names,
-                names=[run.name(token) for token in range(run.cfg.vocab_size)])
+        for layer in range(run.cfg.n_layer):
+            neurons[layer].update(row for row, _ in item["neurons"][layer])
+            seen.update(place for place, _ in item["near"][layer])
+    cards = {}                      # by "layer row"
+    for layer, rows in neurons.items():
+        for row, card in zip(rows, neuron_cards(run, layer, list(rows))):
+            cards[f"{layer} {row}"] = card
+            seen.update(place for _, place in card["excerpts"])
+    texts = {place: run.shown(run.trained, place) for place in seen}
+    names = [run.name(token) for token in range(run.cfg.vocab_size)]
+    return dict(
+        layer=run.layer(None),
+        per_channel=run.cfg.n_experts,
+        passage=passage,
+        points=points,
+        maps=maps,
+        classes=classes,
+        cards=cards,
+        texts=texts,
+        names=names)
 
 
-def page_body(data: dict) -> str:
-    """The page's elements, its data and its script, which fills them."""
-    # Without "<" no text in the data can end its script element.
+def page(title: str, data: dict, plotly_js: str) -> str:
+    """A page that loads nothing: its elements, its data and its script, which fills them."""
+    # Three decimals are enough. Without "<" no text in the data can end its script element.
+    data = json.loads(json.dumps(data), parse_float=lambda number: round(float(number), 3))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f"""<p>Click a token, or move with the arrow keys: the circuits nearest to its own, the
-neurons it chooses, and what the text so far adds to the prediction. Points of the map can be
-clicked, too.</p>
+    title = html.escape(title)
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_STYLE}</style>
+<script>{plotly_js}</script></head><body><h1>{title}</h1>
+<p>Click a token, or move with the arrow keys: the circuits nearest to its own, the neurons it
+chooses, and what the text so far adds to the prediction. Points of the map can be clicked, too.</p>
 <main><div id="left"><div class="box"><div id="passage" role="group" aria-label="passage"></div>
 <div id="legend" class="quiet" aria-live="polite"></div></div>
 <div id="mapping" class="box"><div id="map"></div><p class="quiet">Map: UMAP of the circuits of at
 most 10, at random, of each of the 100 most frequent tokens; near points have like gates. Colours
 are classes of tokens that occur in like contexts, a word stands in the middle of its own points.
-Click a class to hide it, twice to see it alone. Untrained: before the first step, a control.</p>
+Click a class to hide it, twice to see it alone.</p>
 </div></div>
 <div id="panel" class="box"><select id="view" aria-label="layer"></select><div id="details"></div>
-</div></main>
-<script type="application/json" id="data">{text}</script><script>{PAGE_SCRIPT}</script>"""
+</div></main><script type="application/json" id="data">{text}</script>
+<script>{PAGE_SCRIPT}</script></body></html>"""
 
 
 def show_report(args: argparse.Namespace) -> None:
+    """A page to click: a passage, a map, circuits and neurons (the default)."""
     run = run_of(args)
     path = place_for(args.out_dir, "report.html")
     plotly_js = ""
@@ -1914,9 +1676,8 @@ def show_report(args: argparse.Namespace) -> None:
         plotly_js = get_plotlyjs()
     except ImportError as error:
         progress(f"no map: pip install plotly umap-learn ({error})")
-    layer = run.layer(args.layer)
-    data = page_data(run, run.prompt(args.prompt), layer, bool(plotly_js))
-    write_page(path, f"sgatlin: report of {args.out_dir}", page_body(data), plotly_js)
+    data = page_data(run, run.prompt(args.prompt), bool(plotly_js))
+    write_page(path, page(f"sgatlin: report of {args.out_dir}", data, plotly_js))
 
 
 PAGE_STYLE = """
@@ -1965,47 +1726,40 @@ function make(tag, className, ...children) {
   return element;
 }
 const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
-const neuronName = row => Math.floor(row / data.neurons) + ":" + row % data.neurons;
-const excerpt = ([before, token, after]) =>
-  make("div", "excerpt", before, make("mark", "", token), after);
+const neuronName = row => Math.floor(row / data.per_channel) + ":" + row % data.per_channel;
+const excerpt = ([before, token, after, next]) => make("div", "excerpt",
+  before, make("mark", "", token), after, make("div", "quiet", next));
 
-function words(title, pairs, format) {
+function words(title, pairs) {
   return make("div", "", make("span", "quiet", title + " "), ...pairs.map(([token, value]) =>
-    make("span", "word", data.names[token] + " " + format(value))));
+    make("span", "word", data.names[token] + " " + signed(value))));
 }
 function card(of) {
   return make("div", "card",
     make("div", "quiet", (100 * of.use).toFixed(1) + " % of tokens choose it"),
-    words("promotes", of.promotes, signed), words("suppresses", of.suppresses, signed),
-    words("reads", of.reads, signed),
+    words("promotes", of.promotes), words("suppresses", of.suppresses), words("reads", of.reads),
     make("div", "quiet", "Where gate × reading is largest; where that is negative, it promotes " +
          "what it otherwise suppresses:"),
     ...of.excerpts.map(([product, place]) =>
       make("div", "row", make("span", "", signed(product)), excerpt(data.texts[place]))));
 }
-// A neuron that adds product * w_out. Its card is made when it is opened.
+// A neuron that adds product * w_out; opened, it shows its card.
 function neuronRow(value, label, atLayer, row, product) {
   const of = data.cards[atLayer + " " + row];
   const writes = (product < 0 ? of.suppresses : of.promotes).slice(0, 5);
   const said = make("span", "quiet", "  " + writes.map(([token]) => data.names[token]).join(" "));
-  const line = make("summary", "row", make("span", "", signed(value)),
-                    make("span", "excerpt", label, said));
-  const element = make("details", "", line);
-  element.addEventListener("toggle", () => {
-    if (element.children.length === 1) element.append(card(of));
-  });
-  return element;
+  return make("details", "", make("summary", "row", make("span", "", signed(value)),
+                                  make("span", "excerpt", label, said)), card(of));
 }
 function render() {
-  const l = data.views[view.value].layer, of = shown.layers[l], why = shown.why;
-  const parts = [excerpt(shown.text), words("next:", shown.next, p => p),
-                 make("h3", "", `Nearest circuits, layer ${l}`)];
-  for (const [place, distance] of of.near)
+  const l = view.value, why = shown.why;
+  const parts = [excerpt(shown.text), make("h3", "", `Nearest circuits, layer ${l}`)];
+  for (const [place, distance] of shown.near[l])
     parts.push(make("div", "row", make("span", "quiet", distance.toFixed(2)),
-      make("div", "", excerpt(data.texts[place]), make("div", "quiet", data.texts[place][3]))));
+                    excerpt(data.texts[place])));
   parts.push(make("h3", "", `Its neurons in layer ${l}`), make("div", "quiet",
     "Gate × reading, channel:neuron, and the tokens it promotes here. Open one."));
-  for (const [row, product] of of.neurons)
+  for (const [row, product] of shown.neurons[l])
     parts.push(neuronRow(product, neuronName(row), l, row, product));
   if (why) {
     parts.push(make("h3", "", `What carries “${data.names[why.target]}”`), make("div", "quiet",
@@ -2018,10 +1772,13 @@ function render() {
   const shares = why ? why.shares : [];
   const largest = Math.max(...shares.map(Math.abs));
   [...passage.children].forEach((token, i) => {
-    const share = shares[i] || 0;
+    const chosen = shown === data.passage[i], share = shares[i] || 0;
     const strength = share ? 0.7 * Math.sqrt(Math.abs(share) / largest) : 0;
     token.style.background = `rgba(${share < 0 ? "245,120,20" : "50,130,245"},${strength})`;
     token.title = i < shares.length ? signed(share) : "";
+    token.classList.toggle("chosen", chosen);
+    token.setAttribute("aria-pressed", chosen);
+    token.tabIndex = chosen ? 0 : -1;
   });
   legend.textContent = why ? "Shaded: what each token adds to the logit of “" +
     `${data.names[why.target]}”, blue for it, orange against it; they add up to ` +
@@ -2030,11 +1787,6 @@ function render() {
 function show(item) {
   shown = item;
   details.parentElement.scrollTop = 0;
-  [...passage.children].forEach((token, i) => {
-    token.classList.toggle("chosen", item === data.passage[i]);
-    token.setAttribute("aria-pressed", item === data.passage[i]);
-    token.tabIndex = item === data.passage[i] ? 0 : -1;
-  });
   render();
 }
 
@@ -2059,12 +1811,12 @@ const plain = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const colours = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#f781bf",
                  "#222222", "#17becf", "#d4b400", "#7fd87f", "#0b2f8c", "#aaaaaa"];
 function drawMap() {
-  const { xy, names, low, high } = data.views[view.value];
+  const { xy, names, low, high } = data.maps[view.value];
   const traces = data.classes.map((name, c) => {
     const own = data.points.map((_, i) => i).filter(i => data.points[i].label === c);
     return { mode: "markers", name: plain(name), customdata: own, hoverinfo: "text",
              x: own.map(i => xy[i][0]), y: own.map(i => xy[i][1]),
-             hovertext: own.map(i => plain(data.points[i].text.join(""))),
+             hovertext: own.map(i => plain(data.points[i].text.slice(0, 3).join(""))),
              marker: { size: 7, opacity: 0.6, color: colours[c] },
              selected: { marker: { size: 18, opacity: 1 } },
              unselected: { marker: { opacity: 0.6 } } };
@@ -2085,8 +1837,8 @@ function drawMap() {
       modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]] });
 }
 
-data.views.forEach(({ name }, i) => view.append(new Option(name, i)));
-view.value = data.view;
+data.passage[0].near.forEach((_, l) => view.append(new Option("layer " + l, l)));
+view.value = data.layer;
 view.addEventListener("change", render);
 if (data.points.length) {
   drawMap();
@@ -2106,57 +1858,52 @@ def a_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def a_neuron(text: str) -> tuple[int, int]:
-    """CHANNEL:NEURON, such as 3:141."""
-    channel, neuron = text.split(":")
-    return int(channel), int(neuron)
-
-
 OPTIONS = {
     "--out_dir": dict(type=a_path, default=Path("out"), help="folder of the run (default: out)"),
     "--data_dir": dict(type=a_path, help="folder of its data (default: where it was)"),
-    "--device": dict(choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else
-                     "cpu", help="(default: cuda if there is one)"),
+    "--device": dict(
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: cuda if there is one)"),
     "--windows": dict(type=int, default=128, help="of validation text to record (default: 128)"),
-    "--layer": dict(type=int, help="(default: the last but one; mimic: the middle one)"),
-    "--channel": dict(type=int, default=0, help="of the picture (default: 0)"),
+    "--layer": dict(type=int, help="(default: the last but one)"),
     "--prompt": dict(help="text to look at (default: a passage of the validation text)"),
-    "--template": dict(help="text with {} for the word that differs between prompts"),
-    "--facts": dict(help="word:answer,word:answer,... (default: those of the training text); the "
-                         "paper's: ground:icy,turtle:slow,door:open,doctor:nice,wind:strong,"
-                         "food:ready,lake:big,mum:proud"),
+    "--template": dict(
+        required=True,
+        help="text with {} for a word that differs between prompts, such as 'The {} was' or "
+             "'from {} import'"),
+    "--facts": dict(
+        help="'word: answer,word: answer,...' (default: those of the training text); the paper's: "
+             "'ground: icy,turtle: slow,door: open,doctor: nice,wind: strong,food: ready,lake: big,"
+             "mum: proud'"),
     "--token": dict(help="the next token to explain, such as ' girl' (default: the likeliest)"),
     "--against": dict(help="a token to compare it with (default: the mean logit)"),
-    "--controls": dict(action="store_true", help="also switch neurons off, and compare with what "
-                                                 "their shares predict"),
+    "--controls": dict(
+        action="store_true",
+        help="also switch neurons off, and compare with what their shares predict"),
     "layer": dict(type=int),
-    "neuron": dict(type=a_neuron, metavar="channel:neuron"),
+    "neuron": dict(metavar="channel:neuron"),
     "--steps": dict(type=int),
-    "runs": dict(nargs="+", type=a_path, metavar="RUN",
-                 help="folder of a run, its log, or a file that keep wrote"),
+    "runs": dict(
+        nargs="+",
+        type=a_path,
+        metavar="RUN",
+        help="folder of a run, its log, or a file that keep wrote"),
 }
 MODEL = ["--out_dir", "--data_dir", "--device"]
-COMMANDS = {    # name: (function, what it is for, options)
-    "report": (show_report, "a page to click: a passage, a map, circuits and neurons (the default)",
-               [*MODEL, "--windows", "--layer", "--prompt"]),
-    "neighbors": (show_neighbors, "the circuits nearest to those of a text",
-                  [*MODEL, "--windows", "--layer", "--prompt"]),
-    "classes": (show_classes, "do near circuits mean alike?", [*MODEL, "--windows", "--layer"]),
-    "usage": (show_usage, "which neurons are used, and which together",
-              [*MODEL, "--windows", "--layer", "--channel"]),
-    "patch": (show_patch, "the gates of one prompt in another",
-              [*MODEL, "--template", "--facts"]),
-    "explain": (show_explain, "what tokens and neurons add to the next token's logit",
-                [*MODEL, "--prompt", "--token", "--against", "--controls"]),
-    "neuron": (show_neuron, "where a neuron is chosen, what it reads and writes",
-               [*MODEL, "--windows", "layer", "neuron"]),
-    "mimic": (show_mimic, "students of a dense layer (a run of --ffn=mlp), with few active neurons",
-              [*MODEL, "--windows", "--layer", "--steps"]),
-    "redistribute": (show_redistribute, "do sparse layers leave more to attention? Trains 60 tiny "
-                                        "models of x + 7", ["--device", "--steps"]),
-    "curves": (show_curves, "the losses of runs, and their differences, over seeds",
-               ["--out_dir", "runs"]),
-    "keep": (show_keep, "a line of JSON for each finished run", ["runs"]),
+READING = [*MODEL, "--windows", "--layer"]
+COMMANDS = {    # name: (function, whose docstring is the help, and options)
+    "report": (show_report, [*MODEL, "--windows", "--prompt"]),
+    "neighbors": (show_neighbors, [*READING, "--prompt"]),
+    "classes": (show_classes, READING),
+    "usage": (show_usage, READING),
+    "patch": (show_patch, [*MODEL, "--template", "--facts"]),
+    "explain": (show_explain, [*MODEL, "--prompt", "--token", "--against", "--controls"]),
+    "neuron": (show_neuron, [*MODEL, "--windows", "layer", "neuron"]),
+    "mimic": (show_mimic, [*READING, "--steps"]),
+    "redistribute": (show_redistribute, ["--device", "--steps"]),
+    "curves": (show_curves, ["--out_dir", "runs"]),
+    "keep": (show_keep, ["runs"]),
 }
 
 
@@ -2164,10 +1911,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Without a command it is report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (function, text, options) in COMMANDS.items():
+    for name, (function, options) in COMMANDS.items():
         aliases = ["isoflop"] if name == "curves" else []       # what the paper calls it
-        command = commands.add_parser(name, help=text, description=text, aliases=aliases,
-                                      allow_abbrev=False)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      aliases=aliases, allow_abbrev=False)
         command.set_defaults(function=function)
         for option in options:
             command.add_argument(option, **OPTIONS[option])

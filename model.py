@@ -144,7 +144,8 @@ class SparselyGatedLinear(nn.Module):
         """(N, C, k) -> (N, J): the rows of chosen neurons in the table of all pools."""
         if self.w_in.ndim == 3:
             C, E, _ = self.w_in.shape
-            ids = ids + torch.arange(0, C * E, E, dtype=ids.dtype, device=ids.device)[:, None]
+            first = torch.arange(0, C * E, E, dtype=ids.dtype, device=ids.device)   # of a channel
+            ids = ids + first[:, None]
         return ids.flatten(1)
 
     def flops(self) -> int:
@@ -167,7 +168,9 @@ def lecun_normal(*shape: int, fan_in: int) -> nn.Parameter:
     """A parameter of variance 1 / fan_in, normal but cut at two standard deviations."""
     # The cut leaves a unit normal this standard deviation, for which the scale makes up.
     std = fan_in ** -0.5 / 0.87962566103423978
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std, a=-2 * std, b=2 * std))
+    weight = torch.empty(shape)
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    return nn.Parameter(weight)
 
 
 class Linear(nn.Module):
@@ -196,7 +199,8 @@ def clamped_swiglu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
     gate, linear = F.linear(x, w1, b1).chunk(2, dim=-1)                 # (..., F) each
     gate = gate.clamp(max=7)
     linear = linear.clamp(-7, 7)
-    return F.linear(gate * torch.sigmoid(1.702 * gate) * (linear + 1), w2, b2)
+    hidden = gate * torch.sigmoid(1.702 * gate) * (linear + 1)
+    return F.linear(hidden, w2, b2)
 
 
 class SwiGLU(nn.Module):
@@ -233,26 +237,29 @@ class MoE(nn.Module):
     @torch.compiler.disable     # the tokens of an expert are counted on the host
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])                               # (N, D)
-        probabilities = self.gate(flat).to(self.w1.dtype).softmax(dim=-1)
+        logits = self.gate(flat).to(self.w1.dtype)                      # (N, E)
+        probabilities = logits.softmax(dim=-1)
         p, ids = probabilities.topk(self.top_k)                         # (N, k) each
         order = ids.flatten().argsort(stable=True)                      # (token, choice) pairs
         counts = ids.flatten().bincount(minlength=len(self.w1)).tolist()
-        # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
-        w1, b1, w2, b2 = (w.unbind(0) for w in (self.w1, self.b1, self.w2, self.b2))
         tokens = order // self.top_k                # (N*k,) those of the first expert come first
-        outs = []
-        for e, inputs in enumerate(flat.index_select(0, tokens).split(counts)):
-            outs.append(clamped_swiglu(inputs, w1[e], b1[e], w2[e], b2[e]))
+        inputs = flat.index_select(0, tokens).split(counts)
+        # unbind once: the gradient of w1[e] would be as large as all of w1, for every expert
+        experts = zip(inputs, self.w1.unbind(), self.b1.unbind(), self.w2.unbind(),
+                      self.b2.unbind())
+        outs = [clamped_swiglu(*expert) for expert in experts]
         out = torch.cat(outs) * p.flatten()[order, None]                # (N*k, D)
         y = torch.zeros_like(flat).index_add(0, tokens, out.to(flat.dtype))
         return y.view_as(x)
 
     def flops(self) -> int:
-        return self.gate.flops() + self.top_k * 2 * (self.w1[0].numel() + self.w2[0].numel())
+        of_experts = 2 * (self.w1.numel() + self.w2.numel())
+        return self.gate.flops() + self.top_k * of_experts // len(self.w1)
 
     def idle_params(self) -> int:
-        one = sum(w[0].numel() for w in (self.w1, self.b1, self.w2, self.b2))
-        return (len(self.w1) - self.top_k) * one
+        E = len(self.w1)
+        of_experts = self.w1.numel() + self.b1.numel() + self.w2.numel() + self.b2.numel()
+        return of_experts * (E - self.top_k) // E
 
 
 class MLP(nn.Module):
@@ -298,20 +305,19 @@ class GPTConfig:
         self.n_experts = self.n_experts or (8 if is_moe else 1024)
         self.top_k = self.top_k or (2 if is_moe else 8)
 
-    @classmethod
-    def ladder(cls, ffn: str, scale: int, **overrides) -> "GPTConfig":
-        """The paper's model of one scale (1, 2, ...): d_model 128 s, 2 s layers (its Listing 2)."""
-        d_model = 128 * scale
-        d_ff = int(8 / 3 * d_model / 256) * 256
-        sizes = {
-            "sgatlin": dict(n_experts=(16 + 12 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
-            "peer": dict(n_experts=(32 + 24 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
-            "moe": dict(n_experts=16, top_k=2, d_ff=d_model),
-            "swiglu": dict(d_ff=d_ff),
-            "mlp": dict(d_ff=d_ff),
-        }
-        shared = dict(vocab_size=50258, ffn=ffn, d_model=d_model, d_head=64, n_layer=2 * scale)
-        return cls(**(shared | sizes[ffn] | overrides))
+
+def ladder(ffn: str, scale: int) -> dict:
+    """The sizes of the paper's model of a scale, 1, 2, ... (its Listing 2)."""
+    d_model = 128 * scale
+    d_ff = int(8 / 3 * d_model / 256) * 256
+    sizes = {
+        "sgatlin": dict(n_experts=(16 + 12 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
+        "peer": dict(n_experts=(32 + 24 * scale) ** 2, n_channels=16, top_k=8, d_key=128),
+        "moe": dict(n_experts=16, top_k=2, d_ff=d_model),
+        "swiglu": dict(d_ff=d_ff),
+        "mlp": dict(d_ff=d_ff),
+    }
+    return dict(d_model=d_model, d_head=64, n_layer=2 * scale) | sizes[ffn]
 
 
 ACTIVATIONS = {"identity": nn.Identity(), "gelu": gelu, "relu": F.relu, "swish": F.silu}
@@ -360,7 +366,8 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, eps=1e-6)
+        x = x.to(self.scale.dtype)
+        y = F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
         if torch.is_autocast_enabled(x.device.type):
             y = y.to(torch.get_autocast_dtype(x.device.type))
         return y
@@ -374,7 +381,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary positions for x (B, H, T, Dh), by halves; rope (2, T, Dh/2): cosines and sines."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)                                           # (B, H, T, Dh/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    first = a * cos - b * sin
+    second = b * cos + a * sin
+    return torch.cat((first, second), dim=-1)
 
 
 class KVCache:
@@ -425,7 +434,8 @@ class Attention(nn.Module):
 
     def flops(self, T: int) -> int:
         """Of one token among T, forward; all T positions count, as in the paper."""
-        return self.qkv.flops() + self.out.flops() + 4 * T * self.out.weight.shape[0]
+        D = self.out.weight.shape[0]
+        return self.qkv.flops() + self.out.flops() + 4 * T * D
 
 
 class Embedding(nn.Embedding):
@@ -463,7 +473,8 @@ class GPT(nn.Module):
         self.norm = make_norm(cfg, cfg.d_model)
         frequency = 10_000 ** (-torch.arange(0, cfg.d_head, 2) / cfg.d_head)        # (Dh/2,)
         angle = torch.arange(cfg.block_size)[:, None] * frequency                   # (T, Dh/2)
-        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        rope = torch.stack((angle.cos(), angle.sin()))                              # (2, T, Dh/2)
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
@@ -537,7 +548,10 @@ class GPT(nn.Module):
         training step costs three times as much.
         """
         T = T or self.cfg.block_size
-        return T * sum(block.attn.flops(T) + block.ffn.flops() for block in self.blocks)
+        per_token = 0
+        for block in self.blocks:
+            per_token += block.attn.flops(T) + block.ffn.flops()
+        return T * per_token
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,

@@ -37,6 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 
 import kernels
 import prepare_data
@@ -64,6 +64,7 @@ from model import (
     ROUTERS,
     GPTConfig,
     SparselyGatedLinear,
+    ladder,
     rotate,
     save_checkpoint,
 )
@@ -92,7 +93,7 @@ class TrainConfig(GPTConfig):
     eval_sequences: int = 128       # validation windows per evaluation, always the same ones
     log_interval: int = 10          # steps between log lines
     seed: int = 1337                # of the initialisation and of the order of the data
-    device: str = "auto"            # cpu, cuda, or auto: cuda if there is one
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"    # cpu or cuda
     dtype: str = "auto"             # of matmuls: float32, bfloat16, or auto: bfloat16 on GPUs
     compile: bool = True            # run the model through torch.compile
     shard: bool = False             # cut parameters, gradients and moments among the processes
@@ -114,7 +115,13 @@ CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, d_key=32,
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size",
              "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
 CHOICES = {"ffn": FFN, "router": ROUTERS, "activation": ACTIVATIONS,
-           "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+           "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+           "dtype": ("auto", "float32", "bfloat16")}
+
+# Which of torchrun's processes this is. RANK and WORLD_SIZE that others left behind do not count.
+LAUNCHED = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,23 +149,20 @@ def parse_args(argv: list[str] | None) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def new_config(given: dict, device: torch.device) -> TrainConfig:
+def new_config(given: dict) -> TrainConfig:
     """Settings of a new run: those given, over the ladder's if --scale is, over the preset."""
     if "steps" in given and given.get("flops"):
         raise SystemExit("train.py: --steps and --flops both set the steps: give one")
-    settings = dict(CPU_PRESET) if device.type == "cpu" else {}
+    settings = dict(CPU_PRESET) if given.get("device", TrainConfig.device) == "cpu" else {}
     if given.get("scale"):
-        sizes = GPTConfig.ladder(given.get("ffn", GPTConfig.ffn), given["scale"])
-        for name in ("d_model", "d_head", "n_layer", "d_ff", "n_experts", "n_channels", "top_k",
-                     "d_key"):
-            settings[name] = getattr(sizes, name)
+        settings |= ladder(given.get("ffn", TrainConfig.ffn), given["scale"])
     return TrainConfig(**(settings | given))
 
 
 def resumed_config(given: dict, saved: dict) -> TrainConfig:
     """The checkpoint's settings, with those given, of which some may not change."""
     # Where a run is, and on how many devices, is not remembered: it may go on elsewhere.
-    settings = saved | dict(out_dir=TrainConfig.out_dir, device="auto", shard=False)
+    settings = saved | dict(out_dir=TrainConfig.out_dir, device=TrainConfig.device, shard=False)
     for name, value in given.items():
         if name not in RESUMABLE and value != settings[name]:
             raise SystemExit(f"train.py: --{name}={value} contradicts the checkpoint, which has "
@@ -166,7 +170,7 @@ def resumed_config(given: dict, saved: dict) -> TrainConfig:
     return TrainConfig(**(settings | given))
 
 
-def load_settings(given: dict, device: torch.device) -> tuple[TrainConfig, dict | None]:
+def load_settings(given: dict) -> tuple[TrainConfig, dict | None]:
     """All settings, and the checkpoint to resume."""
     folder = Path(given.get("out_dir", TrainConfig.out_dir))
     path = folder / "ckpt.pt"
@@ -181,7 +185,7 @@ def load_settings(given: dict, device: torch.device) -> tuple[TrainConfig, dict 
     if begun and not given.get("overwrite"):
         raise SystemExit(f"train.py: {folder} holds a run: --resume continues it, --overwrite "
                          "starts anew, --out_dir=... puts this one elsewhere")
-    return new_config(given, device), None
+    return new_config(given), None
 
 
 def step_flops(model: GPT, cfg: TrainConfig) -> int:
@@ -220,12 +224,8 @@ def idle_settings(given: dict, ffn: str) -> list[str]:
     return [name for name in given if name in others and name not in used]
 
 
-def resume_command(cfg: TrainConfig, *more: str) -> str:
-    return shlex.join(["python", "train.py", *out_dir_option(cfg), "--resume", *more])
-
-
-def out_dir_option(cfg: TrainConfig) -> list[str]:
-    return [] if cfg.out_dir == TrainConfig.out_dir else [f"--out_dir={cfg.out_dir}"]
+def out_dir_option(cfg: TrainConfig) -> str:
+    return shlex.quote(f"--out_dir={cfg.out_dir}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,50 +238,45 @@ class Data:
     """
 
     def __init__(self, folder: str | Path, block_size: int, seed: int = 0):
-        self.folder = Path(folder)
+        folder = Path(folder)
         self.block_size = block_size
         self.seed = seed
-        if not (self.folder / "meta.json").exists():
-            raise SystemExit(f"{self.folder}/meta.json is missing: python prepare_data.py --help "
-                             "tells how to make it")
-        self.meta = json.loads((self.folder / "meta.json").read_text())
-        self.tokenizer = dict(ranks=(self.folder / "tokenizer.tiktoken").read_text(),
+        if not (folder / "meta.json").exists():
+            raise SystemExit(f"{folder}/meta.json is missing: python prepare_data.py --help tells "
+                             "how to make it")
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.tokenizer = dict(ranks=(folder / "tokenizer.tiktoken").read_text(),
                               pat_str=self.meta["pat_str"])
         self.encoding = prepare_data.load_tokenizer(**self.tokenizer)
+        # Windows in one pass over the training tokens; room is left to shift them.
+        self.n_windows = (self.meta["train_tokens"] - block_size - 1) // block_size
         self.files = {}
         for part in ("train", "val"):
-            self.files[part] = open(self.folder / f"{part}.bin", "rb")          # noqa: SIM115
-            tokens = self.meta[f"{part}_tokens"]
+            self.files[part] = open(folder / f"{part}.bin", "rb")               # noqa: SIM115
+            tokens = len(self.tokens(part))
             # Another run of prepare_data.py may just have replaced one file and not yet the others.
-            size = os.fstat(self.files[part].fileno()).st_size
-            if size != tokens * np.dtype(self.meta["dtype"]).itemsize:
-                raise SystemExit(f"{self.folder}: {part}.bin and meta.json are not of the same "
-                                 "data: prepare it again")
+            if tokens != self.meta[f"{part}_tokens"]:
+                raise SystemExit(f"{folder}: {part}.bin and meta.json are not of the same data: "
+                                 "prepare it again")
             if tokens < 2 * block_size + 1:
-                raise SystemExit(f"{self.folder}/{part}.bin has {tokens} tokens: too few for "
+                raise SystemExit(f"{folder}/{part}.bin has {tokens} tokens: too few for "
                                  f"--block_size={block_size}, which needs {2 * block_size + 1}")
 
     def tokens(self, part: str) -> np.ndarray:
         """All tokens of "train" or "val", mapped from the file."""
         return np.memmap(self.files[part], dtype=self.meta["dtype"], mode="r")
 
-    def windows(self, part: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (len(starts), T) int64 each, of the windows that begin there."""
+    def windows(self, part: str, starts: np.ndarray) -> Tensor:
+        """The windows that begin there, (len(starts), T + 1) int64: inputs, and a target more."""
         # Mapped anew each time: a long-lived map counts every page it touched as memory in use.
-        tokens = self.tokens(part)
-        rows = np.stack([tokens[start:start + self.block_size + 1] for start in starts])
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def n_windows(self) -> int:
-        """Windows in one pass over the training tokens; room is left to shift them."""
-        return (self.meta["train_tokens"] - self.block_size - 1) // self.block_size
+        rows = self.tokens(part)[starts[:, None] + np.arange(self.block_size + 1)]
+        return torch.from_numpy(rows.astype(np.int64))
 
     @functools.lru_cache(maxsize=2)         # noqa: B019  there is one Data, as long as the program
     def order(self, epoch: int) -> np.ndarray:
         """Where the windows of a pass start: shuffled, and shifted by a random part of a window."""
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.n_windows()) * self.block_size
+        order = rng.permutation(self.n_windows) * self.block_size
         return order + rng.integers(self.block_size)
 
     def train_starts(self, step: int, batch_size: int) -> np.ndarray:
@@ -289,7 +284,7 @@ class Data:
         first = step * batch_size
         starts = []
         for i in range(first, first + batch_size):
-            epoch, place = divmod(i, self.n_windows())
+            epoch, place = divmod(i, self.n_windows)
             starts.append(self.order(epoch)[place])
         return np.array(starts)
 
@@ -303,14 +298,14 @@ class Data:
 DEFAULT_DATA = {"data/python": False, "data/packages": True}    # folder: with installed packages?
 
 
-def open_data(cfg: TrainConfig, saved: dict | None, rank: int) -> Data:
+def open_data(cfg: TrainConfig, saved: dict | None) -> Data:
     """The data of the run, prepared first if it is the default one and missing."""
     if cfg.data_dir in DEFAULT_DATA:
-        if rank == 0 and not Path(cfg.data_dir, "meta.json").exists():
+        if RANK == 0 and not Path(cfg.data_dir, "meta.json").exists():
             say(f"There is no data in {cfg.data_dir}: preparing it from the Python files of this "
                 "machine.")
             prepare_data.prepare(["python"], cfg.data_dir, site_packages=DEFAULT_DATA[cfg.data_dir])
-        if dist.is_initialized():
+        if LAUNCHED:
             dist.barrier()
     data = Data(cfg.data_dir, cfg.block_size, cfg.seed)
     if saved and saved["data"]["fingerprint"] != data.meta["fingerprint"]:
@@ -340,16 +335,14 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 
     Each group has, beside AdamW's own settings, the `rate` that set_learning_rate multiplies by.
     """
-    members = defaultdict(list)     # of each group, by its weight decay and its rate
+    groups = {}
     for name, p in model.named_parameters():
         is_matrix = p.ndim > 1 and not name.endswith((".b1", ".b2"))    # MoE's are (experts, d_ff)
         decay = cfg.weight_decay if is_matrix else 0.0
         rate = cfg.ffn_rate if ".ffn." in name else 1.0
-        members[decay, rate].append(p)
-    groups = []
-    for (decay, rate), params in members.items():
-        groups.append(dict(params=params, weight_decay=decay, rate=rate))
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        group = groups.setdefault((decay, rate), dict(params=[], weight_decay=decay, rate=rate))
+        group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=cfg.learning_rate, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -369,30 +362,29 @@ def clip_gradients(model: nn.Module, cfg: TrainConfig) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def choose_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(cfg: TrainConfig) -> torch.dtype:
     """The dtype of the matmuls."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     # torch.cuda.is_bf16_supported() also counts GPUs that only emulate it, slowly.
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+    if cfg.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         return torch.bfloat16
     return torch.float32
 
 
-def micro_batch(cfg: TrainConfig, world: int) -> int:
+def micro_batch(cfg: TrainConfig) -> int:
     """How many sequences a process takes at a time: without a setting, 2 GB of logits at most."""
     if cfg.micro_batch_size:
         return cfg.micro_batch_size
     logits_bytes = 4 * cfg.block_size * cfg.vocab_size          # of a sequence
-    return max(1, min(cfg.batch_size // world, 2 * 10**9 // logits_bytes))
+    return max(1, min(cfg.batch_size // WORLD, 2 * 10**9 // logits_bytes))
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of one large matrix product here: what the utilisation (MFU) is measured against."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    timer = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.2).median
+    return 2 * n**3 / (kernels.median_ms(torch.mm, a, a) / 1e3)
 
 
 def keep_memory() -> None:
@@ -421,24 +413,18 @@ def sum_in_fixed_order() -> None:
 # processes
 
 @contextlib.contextmanager
-def processes(device_type: str) -> Iterator[tuple[int, int, torch.device]]:
-    """This process's rank, the number of processes, and its device: one, or as torchrun says.
-
-    Only torchrun makes several: RANK or WORLD_SIZE alone in the environment are not believed.
-    """
-    launched = dist.is_torchelastic_launched()
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank() if launched else 0)
-        torch.cuda.set_device(device)
-    if not launched:
-        yield 0, 1, device
+def processes(device: str) -> Iterator[None]:
+    """Within it the processes of torchrun can reach each other, and each has its GPU."""
+    if not LAUNCHED:
+        yield
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield dist.get_rank(), dist.get_world_size(), device
+        yield
     finally:
-        if device_type == "cpu":
+        if device == "cpu":
             # A thread of gloo may still have to drop the last gathered tensor. It needs Python for
             # that, and aborts the process if Python has ended. destroy_process_group does not wait
             # for it, for caches of DTensor keep a sharded model's group alive. So give it time.
@@ -447,24 +433,23 @@ def processes(device_type: str) -> Iterator[tuple[int, int, torch.device]]:
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    if dist.is_initialized():
+    if LAUNCHED:
         dist.all_reduce(value)
     return value
 
 
 def wrap(model: GPT, cfg: TrainConfig) -> nn.Module:
     """What the loop calls in place of model, whose parameters it shares."""
-    on_gpu = model.rope.is_cuda
-    compiled = cfg.compile and not (on_gpu and kernels.triton is None)  # it needs triton there
+    compiled = cfg.compile and (cfg.device == "cpu" or kernels.triton)  # a GPU needs triton for it
     wrapped = torch.compile(model) if compiled else model
-    if dist.is_initialized() and not cfg.shard:
+    if LAUNCHED and not cfg.shard:
         wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
     return wrapped
 
 
-def shard(model: GPT, device: torch.device) -> None:
+def shard(model: GPT, device: str) -> None:
     """FSDP2: every process keeps its part of each tensor, and of its gradient and moments."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device, (WORLD,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -474,69 +459,59 @@ def shard(model: GPT, device: torch.device) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """Within it Ctrl-C, SIGTERM and a closed terminal are recorded in the list and stop nothing."""
     received = []
-    before = {}
 
     def receive(number, frame):
         received.append(number)
         with contextlib.suppress(OSError):              # print could interrupt another print
             os.write(2, b"train.py: saving after this step\n")
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)            # Windows has no SIGHUP
-        if number is None or signal.getsignal(number) == signal.SIG_IGN:
-            continue                                    # nohup ignores SIGHUP
-        before[number] = signal.signal(number, receive)
-    try:
+    with contextlib.ExitStack() as restore:
+        for number in signal.Signals:                   # Windows has no SIGHUP
+            if number.name not in ("SIGINT", "SIGTERM", "SIGHUP"):
+                continue
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+                before = signal.signal(number, receive)
+                restore.callback(signal.signal, number, before)
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def say(text: str) -> None:
-    """Prints if standard output is still open: one that closes does not end a training."""
+    """Prints, on process 0, if standard output is still open: a closed one ends no training."""
+    if RANK != 0:
+        return
     try:
         print(printable(text), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def require_finite(step: int, cfg: TrainConfig, rank: int, **values: float) -> None:
+def require_finite(step: int, cfg: TrainConfig, **values: float) -> None:
     """Ends the run before the checkpoint is spoilt; every process has the same values."""
-    if all(math.isfinite(value) for value in values.values()):
-        return
-    listed = ", ".join(f"the {name.replace('_', ' ')} is {v}" for name, v in values.items())
-    message = (f"train.py: step {step}: {listed}. {cfg.out_dir}/ckpt.pt holds the last good state; "
-               "a lower --learning_rate may help")
-    raise SystemExit(message if rank == 0 else 1)
+    if not all(map(math.isfinite, values.values())):
+        raise SystemExit(f"train.py: step {step}: {values}. {cfg.out_dir}/ckpt.pt holds the last "
+                         "good state; a lower --learning_rate may help")
 
 
 # --------------------------------------------------------------------------------------------------
 # evaluation, checkpoint, log
 
 @contextlib.contextmanager
-def count_choices(model: GPT) -> Iterator[list[Tensor]]:
-    """Within it every router counts its choices; yields one tensor (C, E) of counts per layer."""
-    counts = []
-    handles = []
-    for block in model.blocks:
-        if not isinstance(block.ffn, SparselyGatedLinear):
-            continue
-        count = torch.zeros(model.cfg.n_channels, model.cfg.n_experts, dtype=torch.float64,
-                            device=model.rope.device)
+def count_choices(model: GPT) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within it every router counts its choices; yields the counts (C * E,) of each, in order."""
+    E = model.cfg.n_experts
+    R = model.cfg.n_channels * E
+    counts = defaultdict(int)
 
-        def add(router, args, output, count=count):
-            ids = output[1].long()                                      # (N, C, k)
-            for c in range(len(count)):
-                count[c] += ids[:, c].flatten().bincount(minlength=count.shape[1])
+    def add(router, args, output):
+        _, ids = output                                                 # (N, C, k)
+        rows = ids + torch.arange(0, R, E, device=ids.device)[:, None]
+        counts[router] += rows.flatten().bincount(minlength=R)
 
-        counts.append(count)
-        handles.append(block.ffn.router.register_forward_hook(add))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in model.blocks:
+            if isinstance(block.ffn, SparselyGatedLinear):
+                hooks.enter_context(block.ffn.router.register_forward_hook(add))
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def usage(counts: Tensor) -> tuple[float, float]:
@@ -544,7 +519,7 @@ def usage(counts: Tensor) -> tuple[float, float]:
 
     0 says that all are chosen equally often, 1 that one neuron has all choices.
     """
-    load = counts.flatten().sort().values               # ascending
+    load = counts.flatten().double().sort().values      # ascending
     n = len(load)
     rank = torch.arange(1, n + 1, dtype=load.dtype, device=load.device)
     gini = ((2 * rank - n - 1) * load).sum() / (n * load.sum())
@@ -567,23 +542,19 @@ def induction(model: GPT, autocast: contextlib.AbstractContextManager) -> float:
     tokens = torch.cat((tokens, tokens), dim=1).to(model.rope.device)      # (8, 2n)
 
     recorded = []           # of each layer its queries and its keys, before rotation
-    handles = []
-    for block in model.blocks:
-        for norm in (block.attn.q_norm, block.attn.k_norm):
-            handle = norm.register_forward_hook(lambda _, args, output: recorded.append(output))
-            handles.append(handle)
-    try:
-        with autocast:
-            model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, autocast:
+        for block in model.blocks:
+            for norm in (block.attn.q_norm, block.attn.k_norm):
+                hook = norm.register_forward_hook(lambda _, args, output: recorded.append(output))
+                hooks.enter_context(hook)
+        model(tokens)
 
     best = 0.0
     t = torch.arange(n)     # places of the first occurrences
-    for layer in range(model.cfg.n_layer):
-        q = rotate(recorded[2 * layer].float(), model.rope[:, :2 * n])     # (8, H, 2n, Dh)
-        k = rotate(recorded[2 * layer + 1].float(), model.rope[:, :2 * n])
+    rope = model.rope[:, :2 * n]
+    for q, k in zip(recorded[::2], recorded[1::2]):                        # (8, H, 2n, Dh) each
+        q = rotate(q.float(), rope)
+        k = rotate(k.float(), rope)
         logits = q @ k.transpose(2, 3) / model.cfg.d_head ** 0.5           # (8, H, 2n, 2n)
         future = torch.ones_like(logits, dtype=torch.bool).triu(1)
         pattern = logits.masked_fill(future, -math.inf).softmax(dim=3)
@@ -593,33 +564,26 @@ def induction(model: GPT, autocast: contextlib.AbstractContextManager) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Data, cfg: TrainConfig, autocast: contextlib.AbstractContextManager,
-             rank: int, world: int) -> dict:
-    """Mean validation loss in nats per token, over all processes, and how its routers chose."""
-    device = model.rope.device
-    starts = data.val_starts(cfg.eval_sequences)
-    mine = starts[rank::world]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    size = micro_batch(cfg, world)
+def evaluate(model: GPT, data: Data, cfg: TrainConfig,
+             autocast: contextlib.AbstractContextManager) -> dict:
+    """Mean validation loss in nats per token, and how its routers chose.
+
+    Every process does all of it: a sharded model needs them all in each forward pass.
+    """
+    windows = data.windows("val", data.val_starts(cfg.eval_sequences))
+    total = torch.zeros((), dtype=torch.float64, device=model.rope.device)
     with count_choices(model) as counts:
-        for i in range(0, len(mine), size):
-            part = mine[i:i + size]
-            x, y = data.windows("val", part)
+        for part in windows.split(micro_batch(cfg)):
+            part = part.to(total.device)
             with autocast:
-                _, loss = model(x.to(device), y.to(device))
+                _, loss = model(part[:, :-1], part[:, 1:])
             total += loss.double() * len(part)
-    # A sharded model needs all processes in each forward pass, also those that have none left.
-    most = math.ceil(len(starts) / world)
-    if math.ceil(len(mine) / size) < math.ceil(most / size):
-        x, _ = data.windows("val", starts[:1])
-        with autocast:
-            model(x.to(device))
-    val_loss = sum_over_processes(total).item() / len(starts)
+    val_loss = total.item() / len(windows)
     bits = val_loss / math.log(2) * data.meta["val_tokens"] / data.meta["val_bytes"]
     result = dict(val_loss=val_loss, val_bits_per_byte=bits,
                   induction=round(induction(model, autocast), 5))
     if counts:
-        shares = [usage(sum_over_processes(count)) for count in counts]
+        shares = [usage(count) for count in counts.values()]
         result["used"] = [round(used, 5) for used, _ in shares]
         result["gini"] = [round(gini, 5) for _, gini in shares]
     return result
@@ -638,63 +602,37 @@ def save(model: GPT, optimizer: torch.optim.Optimizer, cfg: TrainConfig, data: D
     optimizer_state = {}
     if optimizer.state:     # before the first step there is none, and the call below would make one
         optimizer_state = get_optimizer_state_dict(model, optimizer, options=FULL)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if RANK == 0:
         save_checkpoint(Path(cfg.out_dir, "ckpt.pt"), dict(
             model=model_state, optimizer=optimizer_state, **progress,
-            config=dataclasses.asdict(cfg), data=data.meta, tokenizer=data.tokenizer))
-
-
-def load_optimizer(state: dict, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the moments and step counts of a checkpoint; what the groups are, settings say."""
-    if not state:
-        return              # it was saved before the first step
-    name_of = {p: name for name, p in model.named_parameters()}
-    groups = []
-    for group in optimizer.param_groups:
-        groups.append(group | dict(params=[name_of[p] for p in group["params"]]))
-    set_optimizer_state_dict(model, optimizer, dict(state=state["state"], param_groups=groups),
-                             options=FULL)
+            config=dataclasses.asdict(cfg), data=data.meta, tokenizer=data.tokenizer,
+            log_bytes=Path(cfg.out_dir, "log.jsonl").stat().st_size))
 
 
 def append_log(cfg: TrainConfig, **entry) -> None:
-    with open(Path(cfg.out_dir, "log.jsonl"), "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    if RANK == 0:
+        with open(Path(cfg.out_dir, "log.jsonl"), "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
-def start_log(cfg: TrainConfig, data: Data, saved: dict | None, device: torch.device,
-              world: int) -> None:
+def start_log(cfg: TrainConfig, data: Data, saved: dict | None) -> None:
     """A new log begins with the settings; a resumed one loses what came after the checkpoint."""
-    path = Path(cfg.out_dir, "log.jsonl")
-    kept = []
-    if saved and path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
-                entry = json.loads(line)
-                if isinstance(entry, dict) and entry.get("step", 0) <= saved["step"]:
-                    kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with open(Path(cfg.out_dir, "log.jsonl"), "a") as file:
+        file.truncate(min(file.tell(), saved["log_bytes"]) if saved else 0)
     about = dict(config=dataclasses.asdict(cfg),
                  versions=dict(torch=torch.__version__, python=platform.python_version(),
-                               machine=describe_device(device), processes=world))
+                               machine=describe_device(cfg.device), processes=WORLD))
     if saved:
         append_log(cfg, event="resume", step=saved["step"], **about)
     else:
-        (path.parent / "ckpt.pt").unlink(missing_ok=True)
+        Path(cfg.out_dir, "ckpt.pt").unlink(missing_ok=True)
         append_log(cfg, event="config", data=data.meta, **about)
 
 
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
+def describe_device(device: str) -> str:
+    if device == "cuda":
+        return f"cuda: {torch.cuda.get_device_name()}"
     return f"cpu: {torch.get_num_threads()} threads"
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def log_evaluation(result: dict, progress: dict, cfg: TrainConfig, model: GPT) -> None:
@@ -711,7 +649,7 @@ def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops:
     """One line about the step that took `elapsed` seconds; MFU: the share of the peak FLOP/s."""
     step = progress["step"]
     tokens = cfg.batch_size * cfg.block_size
-    eta = clock(elapsed * (cfg.steps - step))
+    eta = timedelta(seconds=round(elapsed * (cfg.steps - step)))
     append_log(cfg, event="step", step=step, seconds=round(progress["seconds"], 3),
                loss=progress["loss"], lr=lr, norm=norm)
     say(f"step {step:6}/{cfg.steps} | loss {progress['loss']:.4f} | lr {lr:.2e} | "
@@ -719,19 +657,18 @@ def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops:
         f"mfu {step_flops(model, cfg) / elapsed / peak_flops:.1%} | eta {eta}")
 
 
-def report(model: GPT, data: Data, cfg: TrainConfig, given: dict, device: torch.device,
-           world: int) -> None:
+def report(model: GPT, data: Data, cfg: TrainConfig, given: dict) -> None:
     """Prints what is about to run."""
     total, active = model.num_params()
     tokens = cfg.batch_size * cfg.block_size
     flops = step_flops(model, cfg)
-    passes = cfg.steps * cfg.batch_size / data.n_windows()
-    say(f"device   {describe_device(device)}, {str(choose_dtype(cfg, device))[6:]}")
+    passes = cfg.steps * cfg.batch_size / data.n_windows
+    say(f"device   {describe_device(cfg.device)}, {str(choose_dtype(cfg))[6:]}")
     say(f"model    {cfg.ffn}, {cfg.n_layer} layers, d_model {cfg.d_model}: {total:,} parameters, "
         f"{active:,} active per token; training takes {flops / tokens / 1e6:.1f} MFLOP per token")
     say(f"data     {cfg.data_dir}: {data.meta['train_tokens']:,} tokens, vocabulary "
         f"{cfg.vocab_size}")
-    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {world} process(es): "
+    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {WORLD} process(es): "
         f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
         f"{cfg.steps * flops:.3g} FLOP")
     if passes > 4:
@@ -741,48 +678,36 @@ def report(model: GPT, data: Data, cfg: TrainConfig, given: dict, device: torch.
         say(f"note     --{name} changes nothing with ffn={cfg.ffn}")
 
 
-def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float, rank: int) -> None:
+def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float) -> None:
     """Prints a sample and what to do next. All processes call it, for a sharded model needs all."""
-    generator = torch.Generator(model.rope.device).manual_seed(cfg.seed)
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     text = "".join(stream(model, data.encoding, "", 120, temperature=0.8, top_p=0.95,
                           generator=generator))
-    if rank != 0:
-        return
     line = "-" * 60
-    say(f"trained for {clock(seconds)}. A sample:\n{line}\n{text}\n{line}")
-    where = out_dir_option(cfg)
-    analysis = shlex.join(["python", "analyze.py", "curves", cfg.out_dir])
+    say(f"trained for {timedelta(seconds=round(seconds))}. A sample:\n{line}\n{text}\n{line}")
+    out_dir = out_dir_option(cfg)
+    analysis = f"curves {shlex.quote(cfg.out_dir)}"
     if cfg.ffn == "sgatlin" and not cfg.softmax_gates and not cfg.shared_pool:
-        analysis = shlex.join(["python", "analyze.py", "report", *where])   # it has circuits
-    say(f"next:  {shlex.join(['python', 'sample.py', *where])}\n"
-        f"       {analysis}\n"
-        f"       {resume_command(cfg, f'--steps={2 * cfg.steps}')}")
+        analysis = f"report {out_dir}"      # it has circuits
+    say(f"next:  python sample.py {out_dir}\n"
+        f"       python analyze.py {analysis}\n"
+        f"       python train.py {out_dir} --resume --steps={2 * cfg.steps}")
 
 
 # --------------------------------------------------------------------------------------------------
 # main
 
-def choose_device(given: dict) -> str:
-    wanted = given.get("device", "auto")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("train.py: --device=cuda: this torch sees no GPU")
-    return wanted
-
-
-def set_up(given: dict, device: torch.device,
-           rank: int) -> tuple[TrainConfig, dict | None, Data]:
+def set_up(given: dict) -> tuple[TrainConfig, dict | None, Data]:
     """The settings, the checkpoint to resume, and the data. What can fail at once comes first."""
-    cfg, saved = load_settings(given, device)
-    if rank == 0:
+    cfg, saved = load_settings(given)
+    if RANK == 0:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()         # raises OSError if it is read-only
     with torch.device("meta"):
         GPT(cfg)            # sizes that do not fit together raise here, before data is prepared
     if saved is None and cfg.flops:
         cfg = dataclasses.replace(cfg, steps=steps_for(cfg.flops, cfg))
-    data = open_data(cfg, saved, rank)
+    data = open_data(cfg, saved)
     if saved is None and "vocab_size" not in given:
         cfg = dataclasses.replace(cfg, vocab_size=data.meta["vocab_size"])
     if cfg.vocab_size < data.meta["vocab_size"]:
@@ -791,70 +716,64 @@ def set_up(given: dict, device: torch.device,
     return cfg, saved, data
 
 
-def build_model(cfg: TrainConfig, saved: dict | None,
-                device: torch.device) -> tuple[GPT, torch.optim.Optimizer]:
+def build_model(cfg: TrainConfig, saved: dict | None) -> tuple[GPT, torch.optim.Optimizer]:
     """The model and its optimizer, new or as in the checkpoint, sharded if the settings say so."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg)
     if saved:
         model.load_state_dict(saved["model"])
     if cfg.shard:
-        shard(model, device)        # first, for the whole model may not fit on one device
-    model.to(device)
+        shard(model, cfg.device)    # first, for the whole model may not fit on one device
+    model.to(cfg.device)
     optimizer = make_optimizer(model, cfg)
-    if saved:
-        load_optimizer(saved["optimizer"], model, optimizer)
+    if saved and saved["optimizer"]:        # there is none before the first step
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=FULL)
     return model, optimizer
 
 
-def load_batch(data: Data, step: int, cfg: TrainConfig, rank: int, world: int,
-               device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """This process's part of a step's batch, in micro-batches: inputs and targets."""
-    mine = data.train_starts(step, cfg.batch_size).reshape(world, -1)[rank]
-    size = micro_batch(cfg, world)
-    batch = []
-    for i in range(0, len(mine), size):
-        x, y = data.windows("train", mine[i:i + size])
-        if device.type == "cuda":       # the copies then run beside the GPU's work
-            x = x.pin_memory()
-            y = y.pin_memory()
-        batch.append((x.to(device, non_blocking=True), y.to(device, non_blocking=True)))
-    return batch
+def load_batch(data: Data, step: int, cfg: TrainConfig) -> tuple[Tensor, ...]:
+    """This process's part of a step's batch, in micro-batches of windows (B, T + 1)."""
+    mine = data.train_starts(step, cfg.batch_size).reshape(WORLD, -1)[RANK]
+    windows = data.windows("train", mine)                       # (B, T + 1)
+    if cfg.device == "cuda":
+        windows = windows.pin_memory()      # the copy then runs beside the GPU's work
+    windows = windows.to(cfg.device, non_blocking=True)
+    return windows.split(micro_batch(cfg))
 
 
-def read_numbers(loss: Tensor, norm: Tensor, stop: bool, world: int) -> tuple[float, float, bool]:
+def read_numbers(loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, float, bool]:
     """The loss of all processes, the norm, and whether any has to stop: the step's one wait."""
-    summed = sum_over_processes(torch.stack((loss / world, torch.full_like(loss, float(stop)))))
-    loss, stops, norm = torch.cat((summed, norm[None])).tolist()
+    numbers = torch.stack((loss, norm, torch.full_like(loss, float(stop))))
+    loss, norm, stops = sum_over_processes(numbers / WORLD).tolist()
     return loss, norm, stops > 0
 
 
-def forward_backward(wrapped: nn.Module, batch: list[tuple[Tensor, Tensor]], cfg: TrainConfig,
-                     world: int, autocast: contextlib.AbstractContextManager) -> Tensor:
+def forward_backward(wrapped: nn.Module, batch: tuple[Tensor, ...], cfg: TrainConfig,
+                     autocast: contextlib.AbstractContextManager) -> Tensor:
     """Adds up the gradients of a batch, one micro-batch at a time; returns its mean loss."""
-    loss = torch.zeros((), device=batch[0][0].device)
-    for i, (x, y) in enumerate(batch):
+    loss = torch.zeros((), device=batch[0].device)
+    for i, part in enumerate(batch):
         # DDP sends gradients with the last micro-batch; others ignore this attribute.
         wrapped.require_backward_grad_sync = i == len(batch) - 1
         with autocast:
-            _, part = wrapped(x, y)
+            _, mean = wrapped(part[:, :-1], part[:, 1:])
         # The share of this process's sequences: DDP averages over processes.
-        part = part * (len(x) * world / cfg.batch_size)
-        part.backward()
-        loss += part.detach()
+        share = mean * (len(part) * WORLD / cfg.batch_size)
+        share.backward()
+        loss += share.detach()
     return loss
 
 
-def train(given: dict, rank: int, world: int, device: torch.device) -> None:
-    cfg, saved, data = set_up(given, device, rank)
-    model, optimizer = build_model(cfg, saved, device)
-    dtype = choose_dtype(cfg, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def train(given: dict) -> None:
+    cfg, saved, data = set_up(given)
+    model, optimizer = build_model(cfg, saved)
+    dtype = choose_dtype(cfg)
+    autocast = torch.autocast(cfg.device, dtype, enabled=dtype != torch.float32)
     wrapped = wrap(model, cfg)
-    peak_flops = matmul_flops(device, dtype) * world
-    if rank == 0:
-        report(model, data, cfg, given, device, world)
-        start_log(cfg, data, saved, device, world)
+    peak_flops = matmul_flops(cfg.device, dtype) * WORLD
+    report(model, data, cfg, given)
+    if RANK == 0:
+        start_log(cfg, data, saved)
     # seconds are those of the steps alone; loss is that of the last step
     progress = dict(step=0, seconds=0.0, loss=None)
     resumed_at = None
@@ -864,17 +783,17 @@ def train(given: dict, rank: int, world: int, device: torch.device) -> None:
     saved = None        # its tensors would stay in memory
 
     step = progress["step"]
-    batch = load_batch(data, step, cfg, rank, world, device)
+    batch = load_batch(data, step, cfg)
     with stop_signals() as received:
         stop = False
         while True:
             # Evaluate when it is due, and save then and before a stop.
             due = (step % cfg.eval_interval == 0 or step >= cfg.steps) and step != resumed_at
             if due:
-                result = evaluate(model, data, cfg, autocast, rank, world)
-                require_finite(step, cfg, rank, validation_loss=result["val_loss"])
-                if rank == 0:       # log first: a kill may leave the log ahead, not behind
-                    log_evaluation(result, progress, cfg, model)
+                result = evaluate(model, data, cfg, autocast)
+                require_finite(step, cfg, validation_loss=result["val_loss"])
+                # Log first: a kill may leave the log ahead, not behind.
+                log_evaluation(result, progress, cfg, model)
             if due or stop:
                 save(model, optimizer, cfg, data, progress)
             if stop or step >= cfg.steps:
@@ -882,7 +801,7 @@ def train(given: dict, rank: int, world: int, device: torch.device) -> None:
 
             # Forward, backward, clip and step.
             began = time.perf_counter()
-            loss = forward_backward(wrapped, batch, cfg, world, autocast)
+            loss = forward_backward(wrapped, batch, cfg, autocast)
             lr = schedule(step, cfg)
             set_learning_rate(optimizer, lr)
             norm = clip_gradients(model, cfg)
@@ -891,20 +810,20 @@ def train(given: dict, rank: int, world: int, device: torch.device) -> None:
 
             # Read the numbers of the step while the next batch is on its way.
             step += 1
-            batch = load_batch(data, step, cfg, rank, world, device)
-            loss, norm, stop = read_numbers(loss, norm, bool(received), world)
-            require_finite(step, cfg, rank, loss=loss, gradient_norm=norm)
+            batch = load_batch(data, step, cfg)
+            loss, norm, stop = read_numbers(loss, norm, bool(received))
+            require_finite(step, cfg, loss=loss, gradient_norm=norm)
             elapsed = time.perf_counter() - began
             progress = dict(step=step, seconds=progress["seconds"] + elapsed, loss=loss)
-            if rank == 0 and (step % cfg.log_interval == 0 or step == cfg.steps):
+            if step % cfg.log_interval == 0 or step == cfg.steps:
                 log_step(progress, lr, norm, elapsed, peak_flops, cfg, model)
 
     del wrapped     # before the process group: if DDP is its last owner, gloo can hang at exit
     if step < cfg.steps:
-        if rank == 0:
-            say(f"stopped and saved at step {step}; to continue: {resume_command(cfg)}")
+        say(f"stopped and saved at step {step}; to continue: "
+            f"python train.py {out_dir_option(cfg)} --resume")
         raise SystemExit(130)
-    print_end(model, data, cfg, progress["seconds"], rank)
+    print_end(model, data, cfg, progress["seconds"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -914,10 +833,11 @@ def main(argv: list[str] | None = None) -> None:
     # AdamW's moments of neurons that are not chosen become denormal numbers, slow on a CPU.
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")      # TF32 where a GPU multiplies float32
-    with processes(choose_device(given)) as (rank, world, device):
-        if device.type == "cuda":
-            sum_in_fixed_order()
-        train(given, rank, world, device)
+    device = given.get("device", TrainConfig.device)
+    if device == "cuda":
+        sum_in_fixed_order()
+    with processes(device):
+        train(given)
 
 
 if __name__ == "__main__":
