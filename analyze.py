@@ -20,7 +20,7 @@
 A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers
 and channels count from 0, as in model.blocks. Every study can be read alone: what it asks, what
 computes, what prints. To drop one, delete it and its line in COMMANDS. Pictures need plotly, the
-map and the classes umap-learn (which brings scikit-learn and scipy).
+map and the classes umap-learn, and intervals over seeds scipy, which it brings.
 
 Letters: W windows, T time, N = W*T tokens, L layers, D d_model, C channels, E neurons per channel,
 n = sqrt(E) sub-keys, k top-k, J = C*k, R = C*E rows, V vocab, Q queries, M points, F facts.
@@ -54,7 +54,7 @@ from torch import Tensor, nn
 import kernels
 from model import FFN, GPT, GPTConfig, RMSNorm, Router, load_model
 from sample import encode_prompt, plain_output, printable
-from train import Data, TrainConfig, idle_settings, keep_memory, usage
+from train import CHOICES, Data, TrainConfig, idle_settings, keep_memory, usage
 
 # --------------------------------------------------------------------------------------------------
 # tables, intervals and pages
@@ -135,7 +135,7 @@ def has_plotly() -> bool:
 
 class Circuits(NamedTuple):
     """N sparse vectors with J values each, at these rows of R."""
-    values: Tensor      # (N, J) float32
+    values: Tensor      # (N, J)
     rows: Tensor        # (N, J) int32
     size: int           # R
 
@@ -238,7 +238,8 @@ class Run:
                              "that with --data_dir")
         if cfg.ffn != ffn:
             raise SystemExit(f"analyze.py: {path} has ffn={cfg.ffn}, not {ffn}")
-        if cfg.softmax_gates or cfg.shared_pool or cfg.activation != "identity":
+        ablation = cfg.softmax_gates or cfg.shared_pool or cfg.activation != "identity"
+        if ffn == "sgatlin" and ablation:
             raise SystemExit(f"analyze.py: {path} is an ablation, and what is said of gates "
                              "and neurons would not hold")
 
@@ -261,7 +262,11 @@ class Run:
 
     def layer(self, given: int | None) -> int:
         """--layer, or the last but one."""
-        return max(self.cfg.n_layer - 2, 0) if given is None else given
+        if given is None:
+            return max(self.cfg.n_layer - 2, 0)
+        if not 0 <= given < self.cfg.n_layer:
+            raise SystemExit(f"analyze.py: layer {given}, of {self.cfg.n_layer} from 0")
+        return given
 
     def text(self, tokens) -> str:
         """Token ids on one line: ⏎ is a newline and ⇥ a tab."""
@@ -303,7 +308,7 @@ Near = list[tuple[int, float]]      # the places of circuits, and their cosine d
 
 def find_neighbors(queries: Circuits, own: Tensor, circuits: Circuits, keys: Tensor,
                    contexts: Tensor) -> list[Near]:
-    """The NEIGHBORS circuits most similar to each query.
+    """The NEIGHBORS circuits, of unit length, nearest to each query by cosine distance.
 
     Left out are circuits whose key (N,) is the query's own (Q,), and repeats of a context (N,).
     Fewer are found where four times as many candidates repeat their contexts.
@@ -426,11 +431,11 @@ def show_classes(args: argparse.Namespace) -> None:
     queries, shares = meaning(run, layer, label)
     windows = np.arange(len(tokens))[:, None]
     of_window = queries // tokens.shape[1] == windows                           # (W, Q)
-    chosen = {"all": np.full(len(queries), True)}       # by the name of a row: which queries
+    chosen = [("all", np.full(len(queries), True))]     # the name of a row, and which queries
     for c, _ in Counter(label[queries].tolist()).most_common():
-        chosen[names[c]] = label[queries] == c
+        chosen.append((names[c], label[queries] == c))
     rows = []
-    for name, which in chosen.items():
+    for name, which in chosen:
         row = [name, int(which.sum())]
         for values in shares.values():
             row.append(jackknife(values[which], of_window[:, which]))
@@ -518,19 +523,24 @@ def show_usage(args: argparse.Namespace) -> None:
     layer = run.layer(args.layer)
     cfg = run.cfg
     n = math.isqrt(cfg.n_experts)
-    rows = []
+    used = []
+    together = []
     for of_layer in range(cfg.n_layer):
         for name, recording in (("trained", run.trained), ("untrained", run.untrained)):
             chosen = recording.rows[of_layer]                                   # (N, J)
-            used, gini = usage(chosen.flatten().bincount(minlength=recording.size).double())
+            counts = chosen.flatten().bincount(minlength=recording.size)
+            used.append([of_layer, name, *usage(counts)])
             ids = (chosen % cfg.n_experts).view(-1, cfg.n_channels, cfg.top_k)
-            rows.append([of_layer, name, used, gini, *shared_subkeys(ids, n)])
+            if cfg.router.startswith("product") and n > 1:
+                together.append([of_layer, name, *shared_subkeys(ids, n)])
     if has_plotly():
         draw_coactivation(run, layer, path)
     show(f"Of {run.trained.size:,} neurons, the share used in {run.trained.tokens.size:,} tokens, "
-         "and the Gini coefficient: 0 all alike, 1 one has all. Then the mean P(j | i): of the "
-         f"tokens that use i the share that use j; of product keys, {n} a + b has a and b",
-         ["layer", "gates", "used", "Gini", "same first sub-key", "same second", "neither"], rows)
+         "and the Gini coefficient: 0 all alike, 1 one has all",
+         ["layer", "gates", "used", "Gini"], used)
+    show(f"Mean P(j | i): of the tokens that use neuron i, the share that use j; neuron {n} a + b "
+         "has the sub-keys a and b",
+         ["layer", "gates", "same first sub-key", "same second", "neither"], together)
     show("Linear CKA of the embeddings and the gates of layer 0; chance is above 0: shuffled",
          ["gates", "CKA"], [list(item) for item in alignment(run).items()])
 
@@ -550,7 +560,7 @@ class Template:
         before, after = text.split("{}")
         self.blank = " " if before.endswith(" ") else ""    # belongs to the token of the word
         self.prefix = run.encoding.encode_ordinary(before.removesuffix(" "))
-        self.suffix = run.encoding.encode_ordinary(after)
+        self.suffix = run.encoding.encode_ordinary(after.removesuffix(" "))
 
     def prompt(self, run: Run, word: int) -> list[int]:
         return [run.encoding.eot_token, *self.prefix, word, *self.suffix]
@@ -651,8 +661,8 @@ def patching(run: Run, template: Template, facts: Facts) -> tuple[Tensor, Tensor
     """Every prompt with the gates of every other, position by position, layer by layer.
 
     Returns the logits (F, V), unpatched; known (F, F): both prompts prefer their own answer; and
-    {(position, layers): two effects (F, F)}, [a, b] of the gates of b in prompt a, and of every
-    third prompt's.
+    {(position, layers, "all" or one's number): two effects (F, F)}, [a, b] of the gates of b in
+    prompt a, and of every third prompt's.
     """
     prompts = [template.prompt(run, word) for word in facts]
     prompts = torch.tensor(prompts, device=run.device)
@@ -1108,16 +1118,17 @@ def imitate(ffn: nn.Module, name: str, m: int, x: Tensor, held_x: Tensor, steps:
 def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
     """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones:
     {(inputs, m, student): the fraction of the variance that it leaves unexplained}."""
-    prepare_trainings()
     T = run.cfg.block_size
     n = run.data.n_windows
     count = min(2**17 // T, n)
     starts = np.arange(count) * (n // count) * T
     progress(f"record layer {layer} on {count} windows of {T} tokens")
     real = layer_inputs(run, layer, run.data.windows("train", starts)[:, :-1])  # (N, D)
-    held = layer_inputs(run, layer, run.validation())
-    normal = gaussian_like(real.cpu(), len(real) + len(held)).to(run.device)
-    inputs = {"real": (real, held), "Gaussian": normal.split([len(real), len(held)])}
+    held_out = layer_inputs(run, layer, run.validation())
+    sizes = [len(real), len(held_out)]
+    normal = gaussian_like(real.cpu(), sum(sizes)).to(run.device)
+    inputs = {"real": (real, held_out), "Gaussian": normal.split(sizes)}
+    prepare_trainings()
     results = {}
     for kind, m, name in itertools.product(inputs, ACTIVE, STUDENTS):
         left = imitate(run.model.blocks[layer].ffn, name, m, *inputs[kind], steps)
@@ -1326,7 +1337,7 @@ def show_keep(args: argparse.Namespace) -> None:
 
 
 def result_settings(run: dict) -> dict:
-    """What runs that differ by their seeds have in common: the settings that make their loss."""
+    """The settings that make a run's loss, but for its seed."""
     settings = run["settings"]
     unlike = NO_RESULT.union(idle_settings(settings, settings["ffn"]))
     result = {name: value for name, value in settings.items() if name not in unlike}
@@ -1390,8 +1401,8 @@ def group_runs(runs: list[dict]) -> list[Group]:
     """
     members = defaultdict(dict)     # by what they have in common: runs by seed
     measured = {}                   # a run for each way of measuring
-    finished = [run for run in runs if is_finished(run)]
-    for run in finished or runs:
+    finished = [run for run in runs if is_finished(run)] or runs
+    for run in finished:
         settings = run["settings"]
         members[group_key(run)].setdefault(settings["seed"], run)
         how = (run["data"]["fingerprint"], settings["block_size"], settings["eval_sequences"])
@@ -1402,7 +1413,7 @@ def group_runs(runs: list[dict]) -> list[Group]:
     left_out = len(runs) - sum(map(len, members.values()))
     if left_out:
         progress(f"{left_out} runs left out: not finished, or the same as another")
-    [(machine, _)] = Counter(run["machine"] for run in runs).most_common(1)
+    [(machine, _)] = Counter(run["machine"] for run in finished).most_common(1)
     groups = [Group(list(by_seed.values()), machine) for by_seed in members.values()]
     return sorted(groups, key=lambda group: group.loss)
 
@@ -1502,11 +1513,15 @@ def draw_curves(groups: list[Group], path: Path) -> None:
             lines["seconds of training", "bits per byte", layer, None].append(point)
     for group in groups:
         for run in group.runs:
-            for entry in run["evals"][1:]:      # a logarithmic axis has no step 0
+            for entry in run["evals"]:
+                if entry["step"] == 0:
+                    continue            # logarithmic axes have no 0
                 for name in ("step", "flops", "seconds"):
                     point = (entry[name], entry["val_loss"], None)
                     lines[name, loss, group.layer, id(run)].append(point)
     panels = list(dict.fromkeys(line[:2] for line in lines))
+    if not panels:
+        return
     figure = make_subplots(rows=len(panels), cols=1)
     figure.update_layout(template="plotly_white", height=480 * len(panels))
     colours = {}
@@ -1530,8 +1545,6 @@ def show_curves(args: argparse.Namespace) -> None:
     if not runs:
         raise SystemExit("analyze.py: none of these is a run of train.py with an evaluation")
     groups = group_runs(runs)
-    if has_plotly():
-        draw_curves(groups, path)
     for budget in sorted({group.budget for group in groups}):
         show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
              ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
@@ -1541,6 +1554,8 @@ def show_curves(args: argparse.Namespace) -> None:
     print("\nLosses after the last step, 95 % intervals over seeds by Student's t. A star: the "
           "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
           "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
+    if has_plotly():
+        draw_curves(groups, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1862,8 +1877,8 @@ OPTIONS = {
     "--out_dir": dict(type=a_path, default=Path("out"), help="folder of the run (default: out)"),
     "--data_dir": dict(type=a_path, help="folder of its data (default: where it was)"),
     "--device": dict(
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=CHOICES["device"],
+        default=TrainConfig.device,
         help="(default: cuda if there is one)"),
     "--windows": dict(type=int, default=128, help="of validation text to record (default: 128)"),
     "--layer": dict(type=int, help="(default: the last but one)"),

@@ -488,8 +488,9 @@ def say(text: str) -> None:
 def require_finite(step: int, cfg: TrainConfig, **values: float) -> None:
     """Ends the run before the checkpoint is spoilt; every process has the same values."""
     if not all(map(math.isfinite, values.values())):
-        raise SystemExit(f"train.py: step {step}: {values}. {cfg.out_dir}/ckpt.pt holds the last "
-                         "good state; a lower --learning_rate may help")
+        message = (f"train.py: step {step}: {values}. {cfg.out_dir}/ckpt.pt holds the last good "
+                   "state; a lower --learning_rate may help")
+        raise SystemExit(message if RANK == 0 else 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,11 +516,11 @@ def count_choices(model: GPT) -> Iterator[dict[nn.Module, Tensor]]:
 
 
 def usage(counts: Tensor) -> tuple[float, float]:
-    """Of counts (C, E): the share of neurons chosen at all, and the Gini coefficient.
+    """Of the counts of all neurons: the share that is chosen at all, and the Gini coefficient.
 
     0 says that all are chosen equally often, 1 that one neuron has all choices.
     """
-    load = counts.flatten().double().sort().values      # ascending
+    load = counts.double().sort().values                # ascending
     n = len(load)
     rank = torch.arange(1, n + 1, dtype=load.dtype, device=load.device)
     gini = ((2 * rank - n - 1) * load).sum() / (n * load.sum())
@@ -568,7 +569,8 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig,
              autocast: contextlib.AbstractContextManager) -> dict:
     """Mean validation loss in nats per token, and how its routers chose.
 
-    Every process does all of it: a sharded model needs them all in each forward pass.
+    Every process does all of it, which is simple, and little beside training: a sharded model needs
+    them all in each forward pass.
     """
     windows = data.windows("val", data.val_starts(cfg.eval_sequences))
     total = torch.zeros((), dtype=torch.float64, device=model.rope.device)
@@ -605,8 +607,7 @@ def save(model: GPT, optimizer: torch.optim.Optimizer, cfg: TrainConfig, data: D
     if RANK == 0:
         save_checkpoint(Path(cfg.out_dir, "ckpt.pt"), dict(
             model=model_state, optimizer=optimizer_state, **progress,
-            config=dataclasses.asdict(cfg), data=data.meta, tokenizer=data.tokenizer,
-            log_bytes=Path(cfg.out_dir, "log.jsonl").stat().st_size))
+            config=dataclasses.asdict(cfg), data=data.meta, tokenizer=data.tokenizer))
 
 
 def append_log(cfg: TrainConfig, **entry) -> None:
@@ -617,16 +618,25 @@ def append_log(cfg: TrainConfig, **entry) -> None:
 
 def start_log(cfg: TrainConfig, data: Data, saved: dict | None) -> None:
     """A new log begins with the settings; a resumed one loses what came after the checkpoint."""
-    with open(Path(cfg.out_dir, "log.jsonl"), "a") as file:
-        file.truncate(min(file.tell(), saved["log_bytes"]) if saved else 0)
-    about = dict(config=dataclasses.asdict(cfg),
+    path = Path(cfg.out_dir, "log.jsonl")
+    kept = []
+    if saved and path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):     # a kill can cut the last line short
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("step", 0) <= saved["step"]:
+                    kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+    about = dict(config=dataclasses.asdict(cfg), data=data.meta,
                  versions=dict(torch=torch.__version__, python=platform.python_version(),
                                machine=describe_device(cfg.device), processes=WORLD))
     if saved:
         append_log(cfg, event="resume", step=saved["step"], **about)
     else:
         Path(cfg.out_dir, "ckpt.pt").unlink(missing_ok=True)
-        append_log(cfg, event="config", data=data.meta, **about)
+        append_log(cfg, event="config", **about)
 
 
 def describe_device(device: str) -> str:
@@ -687,7 +697,8 @@ def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float) -> None:
     say(f"trained for {timedelta(seconds=round(seconds))}. A sample:\n{line}\n{text}\n{line}")
     out_dir = out_dir_option(cfg)
     analysis = f"curves {shlex.quote(cfg.out_dir)}"
-    if cfg.ffn == "sgatlin" and not cfg.softmax_gates and not cfg.shared_pool:
+    ablation = cfg.softmax_gates or cfg.shared_pool or cfg.activation != "identity"
+    if cfg.ffn == "sgatlin" and not ablation:
         analysis = f"report {out_dir}"      # it has circuits
     say(f"next:  python sample.py {out_dir}\n"
         f"       python analyze.py {analysis}\n"
