@@ -1351,18 +1351,15 @@ def group_key(run: dict) -> str:
     return repr((result_settings(run), run["settings"]["flops"], run["evals"][-1]["step"]))
 
 
-def student_t(values: np.ndarray, freedom: int) -> float:
-    """Half of the 95 % interval of a mean of values, by Student's t; NaN for one value."""
-    if freedom < 1:
-        return math.nan
-    from scipy.stats import t
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    return float(t.ppf(0.975, freedom) * error)
-
-
 def over_seeds(values: np.ndarray) -> tuple[float, float]:
-    """The mean, and half its interval."""
-    return float(values.mean()), student_t(values, len(values) - 1)
+    """The mean, and half its 95 % interval by Student's t; NaN for one value."""
+    mean = float(values.mean())
+    n = len(values)
+    if n < 2:
+        return mean, math.nan
+    from scipy.stats import t
+    error = values.std(ddof=1) / math.sqrt(n)
+    return mean, float(t.ppf(0.975, n - 1) * error)
 
 
 class Group:
@@ -1382,16 +1379,23 @@ class Group:
         self.losses = np.array([run["evals"][-1]["val_loss"] for run in runs])
         self.bits = np.array([run["evals"][-1]["val_bits_per_byte"] for run in runs])
         self.loss = float(self.losses.mean())
+        self.by_seed = {}
+        for run, loss in zip(runs, self.losses):
+            self.by_seed[run["settings"]["seed"]] = loss
         # Seconds are comparable on one machine; a median, for another program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else None
 
     def less(self, other: "Group") -> tuple[float, float]:
-        """The difference of two losses, and half its interval. It has the degrees of freedom of the
-        fewer seeds, which makes it rather too wide than too narrow."""
-        freedom = min(len(self.losses), len(other.losses)) - 1
-        half = math.hypot(student_t(self.losses, freedom), student_t(other.losses, freedom))
-        return self.loss - other.loss, half
+        """The difference of two losses, and half its interval, over the seeds that both have: runs
+        of one seed see the same batches. Without two such seeds, that of the means."""
+        differences = []
+        for seed, loss in self.by_seed.items():
+            if seed in other.by_seed:
+                differences.append(loss - other.by_seed[seed])
+        if len(differences) < 2:
+            return self.loss - other.loss, math.nan
+        return over_seeds(np.array(differences))
 
 
 def group_runs(runs: list[dict]) -> list[Group]:

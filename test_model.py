@@ -2192,7 +2192,7 @@ def test_curves_compare_groups_of_seeds(budget_runs):
     # d_key does nothing in an mlp, and the learning rate is what tells the two mlps apart
     assert "learning_rate=0.002" in rows[2][2] and "d_key" not in rows[3][2]
     assert rows[3][6] == 80 and rows[3][8] == f"1.725 ± {its / 2:.3f}"
-    half = wide * (0.02 / 2 + 0.005 / 2)**0.5
+    half = wide * 0.005**0.5 / 2**0.5       # of 3.1 - 3.5 and 2.9 - 3.4
     assert rows[3][9] == f"-0.450 ± {half:.3f}" and rows[3][10] == pytest.approx(math.exp(-0.45))
     assert rows[0][9] == "0.500 ± ?" and rows[1][9] == "-" and rows[1][11] == "0.25 1.00"
 
