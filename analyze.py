@@ -1549,6 +1549,8 @@ def show_curves(args: argparse.Namespace) -> None:
     if not runs:
         raise SystemExit("analyze.py: none of these is a run of train.py with an evaluation")
     groups = group_runs(runs)
+    if has_plotly():        # first: `| head` ends this program
+        draw_curves(groups, path)
     for budget in sorted({group.budget for group in groups}):
         show(f"{budget:g} FLOPs" if budget else "Runs without --flops",
              ["best", "layer", "settings that differ", "seeds", "steps", "FLOPs", "seconds", "loss",
@@ -1558,8 +1560,6 @@ def show_curves(args: argparse.Namespace) -> None:
     print("\nLosses after the last step, 95 % intervals over seeds by Student's t. A star: the "
           "best of a layer, among those with the most seeds. Ratio: of perplexities, below 1 in "
           "sgatlin's favour. Used: the neurons, layer by layer, that the validation windows use.")
-    if has_plotly():
-        draw_curves(groups, path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1251,8 +1251,19 @@ def at_step(monkeypatch, moment, action):
     monkeypatch.setattr(train, "schedule", patched)
 
 
+@pytest.fixture
+def in_a_terminal():
+    """Where no signal is ignored, as nohup and shells in the background do."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_save_and_end_the_run(number, data, trained, tmp_path, monkeypatch):
+def test_signals_save_and_end_the_run(number, data, trained, in_a_terminal, tmp_path, monkeypatch):
     before = signal.getsignal(number)
     at_step(monkeypatch, 13, lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as stop:
@@ -1400,7 +1411,7 @@ def in_a_shell(command, **env):
     return done.stdout
 
 
-def test_printed_commands_can_be_pasted(data, tmp_path, capsys, monkeypatch):
+def test_printed_commands_can_be_pasted(data, in_a_terminal, tmp_path, capsys, monkeypatch):
     out = tmp_path / "it's; echo $HOME"
     args = [*SMALL, f"--data_dir={data}", "--decay_fraction=0"]
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
