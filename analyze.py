@@ -538,9 +538,10 @@ def show_usage(args: argparse.Namespace) -> None:
     show(f"Of {run.trained.size:,} neurons, the share used in {run.trained.tokens.size:,} tokens, "
          "and the Gini coefficient: 0 all alike, 1 one has all",
          ["layer", "gates", "used", "Gini"], used)
-    show(f"Mean P(j | i): of the tokens that use neuron i, the share that use j; neuron {n} a + b "
-         "has the sub-keys a and b",
-         ["layer", "gates", "same first sub-key", "same second", "neither"], together)
+    if together:
+        show("Mean P(j | i): of the tokens that use neuron i, the share that use j; neuron "
+             f"{n} a + b has the sub-keys a and b",
+             ["layer", "gates", "same first sub-key", "same second", "neither"], together)
     show("Linear CKA of the embeddings and the gates of layer 0; chance is above 0: shuffled",
          ["gates", "CKA"], [list(item) for item in alignment(run).items()])
 
@@ -1379,9 +1380,7 @@ class Group:
         self.losses = np.array([run["evals"][-1]["val_loss"] for run in runs])
         self.bits = np.array([run["evals"][-1]["val_bits_per_byte"] for run in runs])
         self.loss = float(self.losses.mean())
-        self.by_seed = {}
-        for run, loss in zip(runs, self.losses):
-            self.by_seed[run["settings"]["seed"]] = loss
+        self.seeds = [run["settings"]["seed"] for run in runs]
         # Seconds are comparable on one machine; a median, for another program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else None
@@ -1389,10 +1388,11 @@ class Group:
     def less(self, other: "Group") -> tuple[float, float]:
         """The difference of two losses, and half its interval, over the seeds that both have: runs
         of one seed see the same batches. Without two such seeds, that of the means."""
+        other_losses = dict(zip(other.seeds, other.losses))
         differences = []
-        for seed, loss in self.by_seed.items():
-            if seed in other.by_seed:
-                differences.append(loss - other.by_seed[seed])
+        for seed, loss in zip(self.seeds, self.losses):
+            if seed in other_losses:
+                differences.append(loss - other_losses[seed])
         if len(differences) < 2:
             return self.loss - other.loss, math.nan
         return over_seeds(np.array(differences))
@@ -1405,8 +1405,8 @@ def group_runs(runs: list[dict]) -> list[Group]:
     """
     members = defaultdict(dict)     # by what they have in common: runs by seed
     measured = {}                   # a run for each way of measuring
-    finished = [run for run in runs if is_finished(run)] or runs
-    for run in finished:
+    compared = [run for run in runs if is_finished(run)] or runs
+    for run in compared:
         settings = run["settings"]
         members[group_key(run)].setdefault(settings["seed"], run)
         how = (run["data"]["fingerprint"], settings["block_size"], settings["eval_sequences"])
@@ -1417,7 +1417,7 @@ def group_runs(runs: list[dict]) -> list[Group]:
     left_out = len(runs) - sum(map(len, members.values()))
     if left_out:
         progress(f"{left_out} runs left out: not finished, or the same as another")
-    [(machine, _)] = Counter(run["machine"] for run in finished).most_common(1)
+    [(machine, _)] = Counter(run["machine"] for run in compared).most_common(1)
     groups = [Group(list(by_seed.values()), machine) for by_seed in members.values()]
     return sorted(groups, key=lambda group: group.loss)
 
@@ -1474,8 +1474,7 @@ def bits_after(elapsed: float, best: list[Group]) -> str:
     each seed that all these groups have, or, without two such seeds, on one through the means."""
     by_seed = []
     for group in best:
-        seeds = [run["settings"]["seed"] for run in group.runs]
-        by_seed.append(dict(zip(seeds, group.bits)))
+        by_seed.append(dict(zip(group.seeds, group.bits)))
     common = set.intersection(*map(set, by_seed))
     lines = [[bits[seed] for bits in by_seed] for seed in common]
     if len(lines) < 2:
@@ -1508,7 +1507,8 @@ def draw_curves(groups: list[Group], path: Path) -> None:
     from plotly.colors import qualitative
     from plotly.subplots import make_subplots
     loss = "validation loss, nats per token"
-    lines = defaultdict(list)       # by titles of x and y, layer and run: (x, y, half an interval)
+    # By the titles of x and y, the layer, and the run (None: a mean): (x, y, half its interval).
+    lines = defaultdict(list)
     for (layer, budget), group in best_groups(groups).items():
         if budget:
             point = (budget, *over_seeds(group.losses))
@@ -1529,9 +1529,9 @@ def draw_curves(groups: list[Group], path: Path) -> None:
     figure = make_subplots(rows=len(panels), cols=1)
     figure.update_layout(template="plotly_white", height=480 * len(panels))
     colours = {}
-    for (x_title, y_title, layer, run), points in lines.items():
+    for (x_title, y_title, layer, run_id), points in lines.items():
         x, y, half = zip(*points)
-        mode = "lines" if run else "lines+markers"
+        mode = "lines+markers" if run_id is None else "lines"
         at = dict(row=panels.index((x_title, y_title)) + 1, col=1)
         new = layer not in colours
         colour = colours.setdefault(layer, qualitative.D3[len(colours) % 10])

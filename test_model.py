@@ -85,7 +85,10 @@ def fill(shape, tag, scale, offset=0.0):
 def golden_weights(kind, cfg, tags):
     """The weights of a part of the model, by our names. Each has the next of the tags, in the order
     of the names in the JAX code, and is drawn as it is there: inputs first, outputs last."""
-    D, E, C, K = cfg.d_model, cfg.n_experts, cfg.n_channels, cfg.d_key
+    D = cfg.d_model
+    E = cfg.n_experts
+    C = cfg.n_channels
+    K = cfg.d_key
     hidden = cfg.d_ff
 
     def draw(*shape, inputs):
@@ -130,9 +133,11 @@ def golden_weights(kind, cfg, tags):
     if kind == "sgatlin":
         neurons = draw(2, C, E, D, inputs=D)
     router = "product_key" if kind == "peer" else cfg.router
-    parts, n = 1, E
+    parts = 1
+    n = E
     if router.startswith("product"):
-        parts, n = 2, math.isqrt(E)
+        parts = 2
+        n = math.isqrt(E)
     if router.endswith("dense"):
         keys = draw(K, parts, C, n, inputs=K).permute(2, 1, 3, 0)
         query = draw(D, K, inputs=D).T
@@ -156,8 +161,8 @@ def tiny(ffn="sgatlin", **sizes):
     return GPT(GPTConfig(**(TINY | own | sizes), ffn=ffn))
 
 
-# x is (1, 2, 4), y the output, dx the gradient of <y, v>; and the sums of the squares of the
-# gradients of all weights whose names begin so.
+# x (1, 2, 4) is drawn with the tag and v with the next; y is the output, dx the gradient of <y, v>,
+# and grad_squares are the sums of the squares of its gradients of all weights whose names begin so.
 GOLDEN_LAYERS = {
     "product_dense": dict(
         tag=90000, settings=dict(router="product_dense"),
@@ -528,7 +533,9 @@ def agree(ours, truth, dtype):
 
 @pytest.mark.parametrize("k, n, C, N, D, types, picks", some_of(SIZES | TABLES))
 def test_triton_equals_the_reference(on_triton, k, n, C, N, D, types, picks):
-    (dtype, table_dtype), R, J = types, C * n * n, C * k
+    dtype, table_dtype = types
+    R = C * n * n
+    J = C * k
     index = torch.randint(0, R, (N, J), dtype=torch.int32)
     if picks == "one row":
         index = torch.full_like(index, R // 2)
@@ -536,10 +543,12 @@ def test_triton_equals_the_reference(on_triton, k, n, C, N, D, types, picks):
         index = index[:1, :1] // 2 + index % 2
     flat = index.flatten().long()
     unused = flat.bincount(minlength=R) == 0
-    x, coef = torch.randn(D, N).to(dtype).T, torch.randn(N, 1).to(dtype).expand(N, J)  # strided
+    x = torch.randn(D, N).to(dtype).T                       # strided, and so are the coefficients
+    coef = torch.randn(N, 1).to(dtype).expand(N, J)
     weight = torch.randn(R, D).to(table_dtype)
     weight[unused] = float("nan")       # nobody may read these
-    rows, pairs = weight.double()[index.long()], coef.double()[..., None] * x.double()[:, None]
+    rows = weight.double()[index.long()]
+    pairs = coef.double()[..., None] * x.double()[:, None]
     a, c, w, i = (t.to(DEVICE) for t in (x, coef, weight, index))
     agree(kernels.gather_dot(a, w, i), (x.double()[:, None] * rows).sum(-1), table_dtype)
     agree(kernels.gather_sum(c, w, i), (coef.double()[..., None] * rows).sum(1), table_dtype)

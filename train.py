@@ -432,12 +432,6 @@ def processes(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def sum_over_processes(value: Tensor) -> Tensor:
-    if LAUNCHED:
-        dist.all_reduce(value)
-    return value
-
-
 def wrap(model: GPT, cfg: TrainConfig) -> nn.Module:
     """What the loop calls in place of model, whose parameters it shares."""
     compiled = cfg.compile and (cfg.device == "cpu" or kernels.triton)  # a GPU needs triton for it
@@ -569,8 +563,8 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig,
              autocast: contextlib.AbstractContextManager) -> dict:
     """Mean validation loss in nats per token, and how its routers chose.
 
-    Every process does all of it, which is simple, and little beside training: a sharded model needs
-    them all in each forward pass.
+    Every process does all of it: a sharded model needs them all in each forward pass, and it is
+    little beside training.
     """
     windows = data.windows("val", data.val_starts(cfg.eval_sequences))
     total = torch.zeros((), dtype=torch.float64, device=model.rope.device)
@@ -754,8 +748,10 @@ def load_batch(data: Data, step: int, cfg: TrainConfig) -> tuple[Tensor, ...]:
 
 def read_numbers(loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, float, bool]:
     """The loss of all processes, the norm, and whether any has to stop: the step's one wait."""
-    numbers = torch.stack((loss, norm, torch.full_like(loss, float(stop))))
-    loss, norm, stops = sum_over_processes(numbers / WORLD).tolist()
+    numbers = torch.stack((loss, norm, torch.full_like(loss, float(stop)))) / WORLD
+    if LAUNCHED:
+        dist.all_reduce(numbers)
+    loss, norm, stops = numbers.tolist()
     return loss, norm, stops > 0
 
 
