@@ -290,11 +290,10 @@ class Run:
         return [self.text(before), self.text([window[t]]), self.text(after), "  ".join(words)]
 
     def prompt(self, text: str | None) -> list[int]:
-        """<|endoftext|> and the tokens of a text; without one, of the validation text's beginning.
-        """
+        """<|endoftext|> and the tokens of a text; without one, the validation text's beginning."""
         if text is None:
-            passage = self.data.tokens("val")[:min(PASSAGE, self.cfg.block_size - 1)]
-            return [self.encoding.eot_token, *passage.tolist()]
+            # As in the first recorded window: no token is then its own nearest circuit.
+            return self.data.tokens("val")[:min(PASSAGE, self.cfg.block_size)].tolist()
         return encode_prompt(self.encoding, text)
 
 
@@ -1809,8 +1808,9 @@ function show(item) {
   render();
 }
 
-data.passage.forEach((item, i) => {
-  const token = make("span", "", i ? item.text[1].replaceAll("⏎", "⏎\n") : "▸");
+data.passage.forEach((item) => {
+  const text = item.text[1].replace("<|endoftext|>", "▸").replaceAll("⏎", "⏎\n");
+  const token = make("span", "", text);
   token.setAttribute("role", "button");
   token.addEventListener("click", () => show(item));
   passage.append(token);
