@@ -19,8 +19,9 @@
 
 A circuit is the sparse vector of a token's gates in one layer: C*k scores among C*E neurons. Layers
 and channels count from 0, as in model.blocks. Every study can be read alone: what it asks, what
-computes, what prints. To drop one, delete it and its line in COMMANDS. Pictures need plotly, the
-map and the classes umap-learn, and intervals over seeds scipy, which it brings.
+computes, what prints. To drop one, delete it and its line in COMMANDS; explain builds on neuron,
+and report on neighbors, classes, neuron and explain. Pictures need plotly, the map and the classes
+umap-learn, and intervals over seeds scipy, which it brings.
 
 Letters: W windows, T time, N = W*T tokens, L layers, D d_model, C channels, E neurons per channel,
 n = sqrt(E) sub-keys, k top-k, J = C*k, R = C*E rows, V vocab, Q queries, M points, F facts.
@@ -94,7 +95,7 @@ def jackknife(values: np.ndarray, belongs: np.ndarray) -> str:
     window, and pairs with a fact in common, are not independent; units are.
     """
     units = len(belongs)
-    if units == 0 or belongs.all(axis=1).any():         # without that unit nothing is left
+    if belongs.all(axis=1).any():           # without that unit nothing is left
         return "-"
     means = np.array([values[~part].mean() for part in belongs])
     variance = (units - 1) * means.var()
@@ -168,8 +169,8 @@ class Recording:
 
 @contextlib.contextmanager
 def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
-    """hook(layer, x (N, D), gates (N, C, k), ids (N, C, k)) sees every routing, of what the layer
-    reads, and may return other gates and ids."""
+    """hook(layer, x (N, D), gates (N, C, k), ids (N, C, k)) sees every routing; x is what the layer
+    reads. It may return other gates and ids."""
     with contextlib.ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
             def listen(module, inputs, output, layer=layer):
@@ -178,7 +179,9 @@ def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
         yield
 
 
-CONTEXT = 8         # tokens, up to the one in question: equal contexts have equal circuits
+# Tokens, up to the one in question. Where these are equal, so, nearly, are the circuits, which says
+# nothing: such repeats are left out.
+CONTEXT = 8
 
 
 def contexts_of(tokens: Tensor) -> Tensor:
@@ -202,10 +205,11 @@ def record(model: GPT, windows: Tensor) -> Recording:
 
     def keep(layer: int, x: Tensor, of_layer: Tensor, ids: Tensor) -> None:
         ffn = model.blocks[layer].ffn
-        rows[layer, here] = ffn.rows(ids)                                       # (T, J)
-        gates[layer, here] = of_layer.flatten(1)
-        readings = kernels.gather_dot(x, ffn.w_in.flatten(0, 1), ffn.rows(ids))
-        products[layer, here] = of_layer.flatten(1) * readings
+        chosen = ffn.rows(ids)                                                  # (T, J)
+        of_layer = of_layer.flatten(1)                                          # (T, J)
+        rows[layer, here] = chosen
+        gates[layer, here] = of_layer
+        products[layer, here] = of_layer * kernels.gather_dot(x, ffn.w_in.flatten(0, 1), chosen)
 
     with router_hook(model, keep):
         for w, window in enumerate(windows):
@@ -292,13 +296,23 @@ class Run:
     def prompt(self, text: str | None) -> list[int]:
         """<|endoftext|> and the tokens of a text; without one, the validation text's beginning."""
         if text is None:
-            # As in the first recorded window: no token is then its own nearest circuit.
+            # This is recorded, too: a token's own context is left out, so none is its own nearest.
             return self.data.tokens("val")[:min(PASSAGE, self.cfg.block_size)].tolist()
         return encode_prompt(self.encoding, text)
 
 
 def run_of(args: argparse.Namespace, ffn: str = "sgatlin") -> Run:
     return Run(args.out_dir, args.device, getattr(args, "windows", 128), args.data_dir, ffn)
+
+
+def one_token(run: Run, text: str | None) -> int | None:
+    """The token that an option names, if it is given."""
+    if text is None:
+        return None
+    ids = run.encoding.encode_ordinary(text)
+    if len(ids) != 1:
+        raise SystemExit(f"analyze.py: {text!r} is {len(ids)} tokens, and not one")
+    return ids[0]
 
 
 NEIGHBORS = 10      # shown and scored per circuit, as in the paper
@@ -344,14 +358,14 @@ def show_neighbors(args: argparse.Namespace) -> None:
     run = run_of(args)
     layer = run.layer(args.layer)
     source = record(run.model, torch.tensor([run.prompt(args.prompt)]))
-    places = list(range(1, source.tokens.size))
+    places = list(range(source.tokens.size))
     rows = []
     for place, near in zip(places, nearest_circuits(run, source, places, layer)):
         rows.append([place, "", *run.shown(source, place)])
         for other, distance in near:
             rows.append(["", distance, *run.shown(run.trained, other)])
     show(f"Every token, and the {NEIGHBORS} whose circuits in layer {layer} are nearest, by cosine "
-         f"distance; none in a context that repeats over {CONTEXT} tokens",
+         f"distance; no two, and none with the token itself, after the same {CONTEXT} tokens",
          ["", "distance", "before", "token", "after", "next"], rows)
 
 
@@ -481,8 +495,8 @@ def cka(x: Tensor, y: Tensor) -> float:
     for features in (x.double(), y.double()):
         centred = features - features.mean(0)
         grams.append(centred @ centred.T)                                       # (M, M)
-    K, L = grams
-    return ((K * L).sum() / (K.norm() * L.norm())).item()
+    gram_x, gram_y = grams
+    return ((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm())).item()
 
 
 def alignment(run: Run) -> dict[str, float]:
@@ -509,7 +523,8 @@ def draw_coactivation(run: Run, layer: int, path: Path) -> None:
     ids = run.trained.rows[layer, :, :run.cfg.top_k]    # those of channel 0
     P = coactivation(ids, size).fill_diagonal_(0)
     figure = px.imshow(P.numpy(), zmin=0, zmax=0.1, labels=dict(x="j", y="i"), height=820,
-                       title=f"P(j | i): layer {layer}, channel 0")
+                       title=f"P(j | i) of the first {size} neurons, without i = j: layer {layer}, "
+                             "channel 0")
     figure.update_xaxes(dtick=n)
     figure.update_yaxes(dtick=n)
     write_page(path, figure.to_html())
@@ -612,16 +627,6 @@ def given_facts(run: Run, template: Template, given: str) -> Facts:
         word, answer = entry.split(":")
         facts[one_token(run, template.blank + word)] = one_token(run, answer)
     return facts
-
-
-def one_token(run: Run, text: str | None) -> int | None:
-    """The token that an option names, if it is given."""
-    if text is None:
-        return None
-    ids = run.encoding.encode_ordinary(text)
-    if len(ids) != 1:
-        raise SystemExit(f"analyze.py: {text!r} is {len(ids)} tokens, and not one")
-    return ids[0]
 
 
 @torch.inference_mode()
@@ -740,26 +745,26 @@ SHOWN = 8       # excerpts, tokens of each list, and neurons of one token
 @torch.no_grad()
 def neuron_words(run: Run, layer: int, rows: list[int]) -> list[dict]:
     """Three lists (token, value) of each neuron: the tokens that it promotes and suppresses, with
-    what w_out adds to their logits directly; and that it reads, with <w_in, x> of x their normed
-    embedding.
+    the slope of their logits; and that it reads, with <w_in, x> of x their normed embedding.
 
-    A neuron adds gate * <w_in, x> times w_out: where this product is negative, what it promotes and
-    what it suppresses change places.
+    A neuron adds gate * <w_in, x> times w_out. This product times the slope, divided by the rms of
+    the last residual, is what it adds to a logit directly: where it is negative, what the neuron
+    promotes and what it suppresses change places.
     """
     model = run.model
     block = model.blocks[layer]
-    embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V, D) without padding
-    w_out = block.ffn.w_out.flatten(0, 1)[rows]                         # (n, D)
+    embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V', D) without padding
+    w_out = block.ffn.w_out.flatten(0, 1)[rows]                         # (M, D)
     if run.cfg.norm:
         w_out = w_out * model.norm.scale
-    writes = w_out @ embeddings.T                                       # (n, V)
+    writes = w_out @ embeddings.T                                       # (M, V')
     writes -= writes.mean(dim=1, keepdim=True)
     w_in = block.ffn.w_in.flatten(0, 1)[rows]
     reads = w_in @ block.ffn_norm(embeddings).T
     words = [{} for _ in rows]
     for name, values, keys in (("promotes", writes, writes), ("suppresses", writes, -writes),
                                ("reads", reads, reads.abs())):
-        best = keys.topk(SHOWN).indices                                 # (n, SHOWN)
+        best = keys.topk(SHOWN).indices                                 # (M, SHOWN)
         best_values = values.gather(1, best)
         for of_neuron, tokens, numbers in zip(words, best.tolist(), best_values.tolist()):
             of_neuron[name] = list(zip(tokens, numbers))
@@ -811,7 +816,7 @@ def show_neuron(args: argparse.Namespace) -> None:
          ["gate * <w_in, x>", "before", "token", "after", "next"], excerpts)
     show("Tokens that w_out promotes and suppresses, directly and less the mean (the other way "
          "round where the product is negative), and those whose embeddings w_in reads",
-         ["promotes", "by", "suppresses", "by", "reads", "<w_in, x>"], words)
+         ["promotes", "slope", "suppresses", "slope", "reads", "<w_in, x>"], words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -823,7 +828,7 @@ def show_neuron(args: argparse.Namespace) -> None:
 
 class Attribution(NamedTuple):
     """Of one logit at the last position of a prompt of T tokens; tensors on the CPU."""
-    recording: Recording    # of the prompt, <|endoftext|> first
+    recording: Recording    # of the prompt
     target: int             # the next token explained
     against: int | None     # the token it is compared with; None: the mean over the vocabulary
     logit: float            # of target, less that of against, or less the mean logit
@@ -967,20 +972,21 @@ def show_explain(args: argparse.Namespace) -> None:
     for layer, t, row, share, product in strongest(found, 12):
         [lists] = neuron_words(run, layer, [row])
         words = {}
-        for kind, pairs in lists.items():
-            words[kind] = " ".join(run.name(token) for token, _ in pairs[:4])
+        for kind in ("promotes", "suppresses"):
+            words[kind] = " ".join(run.name(token) for token, _ in lists[kind][:4])
+        reads = " ".join(f"{run.name(token)} {value:+.1f}" for token, value in lists["reads"][:4])
         writes = [words["promotes"], words["suppresses"]]
         if product < 0:
             writes.reverse()
         channel, neuron = divmod(row, run.cfg.n_experts)
-        neurons.append([layer, names[t], f"{channel}:{neuron}", share, *writes, words["reads"]])
+        neurons.append([layer, names[t], f"{channel}:{neuron}", share, *writes, reads])
     other = "the mean logit" if against is None else f"that of {run.name(against)}"
     total = found.token_shares.double().sum().item()
     show(f"The logit of {run.name(found.target)} as the next token, less {other}, is "
          f"{found.logit:.6f}; the shares of the tokens add up to {total:.6f}", ["token", "share"],
          [list(row) for row in zip(names, found.token_shares.tolist())])
     show("The largest shares of neurons, through all later layers (where one reads another, both "
-         "count what passes through both), and what they write and read, with their sign here",
+         "count what passes through both), what they write, with its sign here, and what they read",
          ["layer", "at", "neuron", "share", "writes for", "against", "reads"], neurons)
     if args.controls:
         show_controls(run)
@@ -991,9 +997,6 @@ def show_controls(run: Run) -> None:
     windows = run.data.windows("val", run.data.val_starts(100))[:, :-1]
     windows = windows[:, :64]
     count = min(8, run.cfg.n_channels * run.cfg.top_k // 2)     # leaves as many others
-    if count == 0:
-        print("\nNo control: there is only one neuron to switch off.")
-        return
     rows = []
     for name, pairs in controls(run, windows, count).items():
         predicted, actual = np.array(pairs).T
@@ -1045,7 +1048,7 @@ LONGER = 8              # a dense student learns slowly: it trains so many times
 
 def make_student(name: str, m: int, D: int) -> nn.Module:
     """A student with m active neurons, (..., D) -> (..., D), every time the same."""
-    sizes = dict(d_model=D, d_head=D, d_key=D // 4)
+    sizes = dict(d_model=D, d_key=D // 4)
     torch.manual_seed(0)
     if name == "dense":
         return FFN["mlp"](GPTConfig(ffn="mlp", d_ff=m, **sizes))
@@ -1073,8 +1076,8 @@ def unexplained(y: Tensor, predicted: Tensor) -> float:
 
 def fit(student: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     """Trains student(x) to be y, (N, D) each: mean squared error, Adam, cosine to 0."""
-    # With 32 neurons on real inputs 1e-2 was best: for dense ones (4800 steps) of 3e-3, 1e-2 and
-    # 3e-2, for sparse ones (300 steps) of 1e-3 to 1e-2, and against 3e-2.
+    # 1e-2 was best with 32 neurons on real inputs: dense, 4800 steps, of 3e-3, 1e-2 and 3e-2;
+    # sparse, 300 steps, of 1e-3 to 3e-2.
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -1087,7 +1090,7 @@ def fit(student: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def outputs(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) for x (N, D), 4096 tokens at a time: a full list of keys gives large scores."""
+    """layer(x) for x (N, D), 4096 tokens at a time: the mixture has scores of all neurons."""
     return torch.cat([layer(part) for part in x.split(4096)])
 
 
@@ -1118,6 +1121,7 @@ def imitate(ffn: nn.Module, name: str, m: int, x: Tensor, held_x: Tensor, steps:
 def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
     """Students of one dense layer, fitted to its outputs on real inputs and on Gaussian ones:
     {(inputs, m, student): the fraction of the variance that it leaves unexplained}."""
+    prepare_trainings()
     T = run.cfg.block_size
     n = run.data.n_windows
     count = min(2**17 // T, n)
@@ -1128,7 +1132,6 @@ def mimic(run: Run, layer: int, steps: int) -> dict[tuple, float]:
     sizes = [len(real), len(held_out)]
     normal = gaussian_like(real.cpu(), sum(sizes)).to(run.device)
     inputs = {"real": (real, held_out), "Gaussian": normal.split(sizes)}
-    prepare_trainings()
     results = {}
     for kind, m, name in itertools.product(inputs, ACTIVE, STUDENTS):
         left = imitate(run.model.blocks[layer].ffn, name, m, *inputs[kind], steps)
@@ -1141,12 +1144,13 @@ def show_mimic(args: argparse.Namespace) -> None:
     """Students of a dense layer (a run of --ffn=mlp), with few active neurons."""
     run = run_of(args, ffn="mlp")
     layer = run.layer(args.layer)
-    results = mimic(run, layer, args.steps)
+    steps = args.steps or 600
+    results = mimic(run, layer, steps)
     rows = []
     for kind, m in itertools.product(("real", "Gaussian"), ACTIVE):
         rows.append([kind, m, *(results[kind, m, name] for name in STUDENTS)])
     show(f"Variance that students of m active neurons leave unexplained of the outputs of layer "
-         f"{layer}, on inputs held out, after {args.steps} steps (dense: {LONGER} times as many)",
+         f"{layer}, on inputs held out, after {steps} steps (dense: {LONGER} times as many)",
          ["inputs", "m", *STUDENTS], rows)
     print("\nWhere sparse students leave less than dense ones on real inputs, and not on Gaussian "
           "ones, the layer is a sparse mixture because of its inputs. But m dense neurons write "
@@ -1251,7 +1255,8 @@ def redistribute(steps: int, device: str) -> dict[tuple[str, bool], list[Learned
 
 def show_redistribute(args: argparse.Namespace) -> None:
     """Do sparse layers leave more to attention? Trains 60 tiny models of x + 7."""
-    results = redistribute(args.steps, args.device)
+    steps = args.steps or 10_000
+    results = redistribute(steps, args.device)
     rows = []
     for name in VARIANTS:
         row = [name]
@@ -1261,7 +1266,7 @@ def show_redistribute(args: argparse.Namespace) -> None:
             row += [interval(statistics.fmean(no_ffn), statistics.stdev(no_ffn)), solved]
         rows.append(row)
     show(f"Share of right digits with the FFN's output set to zero, in models that learned x + 7 "
-         f"in {args.steps} steps at most; mean ± standard deviation over {len(SEEDS)} seeds",
+         f"in {steps} steps at most; mean ± standard deviation over {len(SEEDS)} seeds",
          ["feedforward layer", "no norm", "solved", "norm", "solved"], rows)
     print("\nWhere many digits are right without it, attention does much of the work. To say 0 "
           "always gets 0.323, because the last digit is 0 unless x > 992.")
@@ -1271,9 +1276,9 @@ def show_redistribute(args: argparse.Namespace) -> None:
 # curves: which layer has the lowest loss, for equal steps, FLOPs and seconds? (arXiv 2606.07414,
 # Figures 1 and 3) And keep: what is left of runs when their folders are gone.
 
-# Settings that leave the result as it is, and those that have a column of their own.
 DEFAULTS = vars(TrainConfig())
-PLACES = {"data_dir", "out_dir", "resume", "overwrite", "device"}
+PLACES = {"data_dir", "out_dir", "resume", "overwrite", "device"}       # keep leaves them out
+# Settings that leave the result as it is, and those that have a column of their own.
 NO_RESULT = PLACES | {"scale", "steps", "flops", "seed", "micro_batch_size", "eval_interval",
                       "log_interval", "compile", "shard"}
 VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a variant of a layer
@@ -1300,6 +1305,8 @@ def read_runs(path: Path) -> list[dict]:
         return kept
     starts = by_event["config"] + by_event["resume"]
     settings = DEFAULTS | starts[-1]["config"]
+    if by_event["eval"][-1]["flops"] > settings["flops"]:
+        settings["flops"] = 0.0         # a run that --resume took beyond its budget
     paces = []
     for before, after in itertools.pairwise(by_event["step"]):
         steps = after["step"] - before["step"]
@@ -1312,7 +1319,7 @@ def read_runs(path: Path) -> list[dict]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """Of the git repository that a folder lies in, if it does."""
+    """What is checked out in the git repository that a folder lies in, if it does."""
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
@@ -1380,7 +1387,8 @@ class Group:
         self.bits = np.array([run["evals"][-1]["val_bits_per_byte"] for run in runs])
         self.loss = float(self.losses.mean())
         self.seeds = [run["settings"]["seed"] for run in runs]
-        # Seconds are comparable on one machine; a median, for another program may have run beside.
+        # Seconds are comparable on one kind of machine, at best. A median: a program may have run
+        # beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else None
 
@@ -1458,7 +1466,8 @@ def group_rows(groups: list[Group], budget: float) -> list[list]:
             mean, half = ours.less(group)
             difference = interval(mean, half)
             ratio = math.exp(mean)
-        used = " ".join(f"{share:.2f}" for share in group.last.get("used", []))     # no MLP's
+        used = np.mean([run["evals"][-1].get("used", []) for run in group.runs], axis=0)
+        used = " ".join(f"{share:.2f}" for share in used)       # no MLP's
         loss = interval(*over_seeds(group.losses))
         bits = interval(*over_seeds(group.bits))
         flops = f"{group.last['flops']:.3g}"
@@ -1519,8 +1528,11 @@ def draw_curves(groups: list[Group], path: Path) -> None:
             for entry in run["evals"]:
                 if entry["step"] == 0:
                     continue            # logarithmic axes have no 0
-                for name in ("step", "flops", "seconds"):
-                    point = (entry[name], entry["val_loss"], None)
+                places = dict(step=entry["step"], flops=entry["flops"])
+                if group.seconds:
+                    places["seconds"] = group.seconds * entry["step"] / group.last["step"]
+                for name, place in places.items():
+                    point = (place, entry["val_loss"], None)
                     lines[name, loss, group.layer, id(run)].append(point)
     panels = list(dict.fromkeys(line[:2] for line in lines))
     if not panels:
@@ -1878,7 +1890,10 @@ def a_path(text: str) -> Path:
 
 
 OPTIONS = {
-    "--out_dir": dict(type=a_path, default=Path("out"), help="folder of the run (default: out)"),
+    "--out_dir": dict(
+        type=a_path,
+        default=Path("out"),
+        help="folder of the run, and of the pages written (default: out)"),
     "--data_dir": dict(type=a_path, help="folder of its data (default: where it was)"),
     "--device": dict(
         choices=CHOICES["device"],
@@ -1902,7 +1917,7 @@ OPTIONS = {
         help="also switch neurons off, and compare with what their shares predict"),
     "layer": dict(type=int),
     "neuron": dict(metavar="channel:neuron"),
-    "--steps": dict(type=int),
+    "--steps": dict(type=int, help="of training (default: mimic 600, redistribute 10000 at most)"),
     "runs": dict(
         nargs="+",
         type=a_path,
@@ -1937,8 +1952,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(function=function)
         for option in options:
             command.add_argument(option, **OPTIONS[option])
-    commands.choices["mimic"].set_defaults(steps=600)
-    commands.choices["redistribute"].set_defaults(steps=10_000)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["report", *argv]
     return parser.parse_args(argv)

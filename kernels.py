@@ -6,15 +6,15 @@
 
 The neurons of all channels lie in one table of R rows; token n uses the J rows index[n]. Nothing of
 size (N, J, D) is ever made. The gradient of a table is a gather_sum again, over the index sorted by
-row, so that every row sums its own tokens. There are no atomics, so the same input gives the same
-bits.
+row, so that every row sums its own tokens. The kernels have no atomics: the same input gives the
+same bits.
 
 A section for each operation: what it promises, with a one-line reference; the PyTorch form, for any
 device; the Triton kernel, for a GPU; what torch.compile and autograd are told. Then
 `python kernels.py`, which checks all this on the machine it runs on, and times it.
 
 Letters: N tokens, D d_model, C channels, E neurons per channel, n = sqrt(E) sub-keys, k top-k,
-J = C*k neurons per token, R = C*E rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
+J = C*k neurons per token, R rows, P = N*J (token, slot) pairs; pair p = token*J + slot.
 """
 import functools
 import types
@@ -58,7 +58,8 @@ ByRow = tuple[Tensor, Tensor]       # what sort_by_row returns
 def runs_triton(device: str, dtype: torch.dtype) -> bool:
     """Whether tensors of a device ("cpu", "cuda") and dtype get the Triton form, or PyTorch's.
 
-    The kernels compile for compute capability 7.5 and up and for AMD's gfx942 and gfx1100.
+    There are kernels for float32 and bfloat16. They compile for compute capability 7.5 and up and
+    for AMD's gfx942 and gfx1100.
     """
     if device != "cuda" or triton is None or dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -88,7 +89,7 @@ def sort_by_row(index: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     of row r are order[offsets[r]:offsets[r+1]]. Raises ValueError if P overflows int32.
     """
     P = index.numel()
-    if P + SPLIT >= 2**31:
+    if P + SPLIT >= 2**31:          # table_grad_triton adds SPLIT to the number of a pair
         raise ValueError(f"N*J = {P} pairs overflow 32 bits: pass fewer tokens at a time")
     rows = index.flatten()
     if n_rows < 2**15:
@@ -376,7 +377,8 @@ def table_grad_triton(coef: Tensor, x: Tensor, order: Tensor, offsets: Tensor) -
     tokens = order // coef.shape[1]                             # (P,)
     coefs = coef.flatten().index_select(0, order)               # (P,) once for all columns
     borders = torch.arange(SPLIT, max(len(order), SPLIT), SPLIT, dtype=torch.int32, device=x.device)
-    row_end = offsets[torch.searchsorted(offsets, borders)]     # of the row just before a border
+    # Where the row ends whose pairs a border divides.
+    row_end = offsets[torch.searchsorted(offsets, borders)]
     stops = torch.minimum(borders + SPLIT, row_end)
     partial = segment_sum(coefs, tokens, x, borders, stops, torch.float32)
     return segment_sum(coefs, tokens, x, offsets[:-1], offsets[1:], result_dtype(coef, x), partial)

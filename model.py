@@ -103,8 +103,9 @@ class Router(nn.Module):
 class SparselyGatedLinear(nn.Module):
     """y = sum_c sum_j g_cj <w_in[c, i_cj], x> w_out[c, i_cj] (arXiv 2606.07414, eq. 2).
 
-    x (..., D) -> y (..., D). router: a module that takes (N, D) and returns gates and int32 ids in
-    [0, E), (N, C, k) each; None: a Router of product keys, for which n_experts must be a square.
+    x (..., D) -> y (..., D), in x's dtype. router: a module that takes (N, D) and returns gates and
+    int32 ids in [0, E), (N, C, k) each; None: a Router of product keys, which alone reads d_key and
+    for which n_experts must be a square.
 
     What the ablations and PEER change: combine(gates, u) is what each w_out is multiplied by, from
     the gates and u = <w_in, x>, (N, C, k) each; shared_pool gives all channels one pool of neurons.
@@ -138,7 +139,7 @@ class SparselyGatedLinear(nn.Module):
         u = kernels.gather_dot(flat, w_in, rows, by_row)                # (N, J)  <w_in, x>
         a = self.combine(gates, u.view_as(gates)).flatten(1)            # (N, J)
         y = kernels.gather_sum(a, w_out, rows, by_row)                  # (N, D)
-        return y.view_as(x)
+        return y.view_as(x).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """(N, C, k) -> (N, J): the rows of chosen neurons in the table of all pools."""

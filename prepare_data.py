@@ -140,11 +140,12 @@ def find_files(source: str, site_packages: bool, shards: int) -> list[Path]:
     files = []
     path = Path(source).expanduser()
     if source == "python":
-        folders = ["stdlib"]
+        folders = [sysconfig.get_path("stdlib")]
         if site_packages:
-            folders += ["purelib", "platlib"]
-        for name in folders:
-            files += [path for path in walk(sysconfig.get_path(name)) if path.suffix == ".py"]
+            # mostly one folder by two names
+            folders += sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+        for folder in folders:
+            files += [path for path in walk(folder) if path.suffix == ".py"]
     elif source in DOWNLOADS:
         base, names = DOWNLOADS[source]
         if source == "slimpajama":

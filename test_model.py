@@ -435,9 +435,10 @@ def test_layer_under_autocast_and_in_half_precision(dtype, tolerance):
     y = layer(x)
     with torch.autocast("cpu", dtype):
         cast = layer(x)
+        cast_half = layer(x.to(dtype))
     half = layer.to(dtype)(x.to(dtype))
-    assert half.dtype == dtype and cast.dtype == torch.float32
-    for other in (cast, half):
+    assert half.dtype == cast_half.dtype == dtype and cast.dtype == torch.float32
+    for other in (cast, cast_half, half):
         assert (other - y).norm() < tolerance * y.norm()
 
 
@@ -1538,6 +1539,14 @@ def test_usage_is_that_of_the_choices(data, trained):
         assert entry["gini"][layer] == pytest.approx(gini.item(), abs=1e-5)
 
 
+def test_a_neuron_that_two_channels_share_is_counted_once():
+    model = tiny("peer")
+    with torch.no_grad(), train.count_choices(model) as counts:
+        _, ids = model.blocks[0].ffn.router(torch.randn(7, model.cfg.d_model))      # (N, C, k)
+    [count] = counts.values()
+    assert count.tolist() == [ids.flatten().tolist().count(neuron) for neuron in range(25)]
+
+
 def test_induction_is_that_of_the_patterns(trained, monkeypatch):
     """The log's score against the patterns that the model's own attention uses."""
     model, _ = load_model(trained / "ckpt.pt", "cpu")
@@ -2245,6 +2254,8 @@ def test_curves_leave_out_what_is_not_to_be_compared(tmp_path, capsys):
     [group] = groups_of([whole, young, again])
     assert group.losses.tolist() == [3]
     assert "2 runs left out" in capsys.readouterr().err
+    beyond = run_log(tmp_path / "beyond", "mlp", (8, 5, 3), flops=1500)     # it spent 2000
+    assert groups_of([beyond])[0].budget == 0
     for other in (dict(fingerprint="y"), dict(eval_sequences=64)):
         other = run_log(tmp_path / "other", "mlp", (8, 5, 3), seed=1, **other)
         with pytest.raises(SystemExit, match="not comparable"):

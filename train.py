@@ -6,7 +6,7 @@
 
     python train.py                                       # one GPU or a laptop; --help lists all
     python train.py --ffn=swiglu --scale=2 --flops=1e15   # a model of the paper's ladder, a budget
-    torchrun --nproc_per_node=8 train.py                  # eight GPUs; on CPUs add --device=cpu
+    torchrun --nproc_per_node=8 train.py                  # eight GPUs, or processes of a CPU
     torchrun --nproc_per_node=8 train.py --shard          # parameters and optimizer cut in eighths
     python train.py --resume                              # go on after Ctrl-C, a kill or a crash
 
@@ -228,6 +228,12 @@ def out_dir_option(cfg: TrainConfig) -> str:
     return shlex.quote(f"--out_dir={cfg.out_dir}")
 
 
+def resume_command(cfg: TrainConfig) -> str:
+    start = "torchrun ..." if LAUNCHED else "python"
+    shard = " --shard" if cfg.shard else ""         # which a run does not remember
+    return f"{start} train.py {out_dir_option(cfg)} --resume{shard}"
+
+
 # --------------------------------------------------------------------------------------------------
 # data
 
@@ -258,9 +264,11 @@ class Data:
             if tokens != self.meta[f"{part}_tokens"]:
                 raise SystemExit(f"{folder}: {part}.bin and meta.json are not of the same data: "
                                  "prepare it again")
-            if tokens < 2 * block_size + 1:
+            # Where the windows of a pass start is shifted by up to a window.
+            needed = 2 * block_size + 1 if part == "train" else block_size + 1
+            if tokens < needed:
                 raise SystemExit(f"{folder}/{part}.bin has {tokens} tokens: too few for "
-                                 f"--block_size={block_size}, which needs {2 * block_size + 1}")
+                                 f"--block_size={block_size}, which needs {needed}")
 
     def tokens(self, part: str) -> np.ndarray:
         """All tokens of "train" or "val", mapped from the file."""
@@ -483,7 +491,7 @@ def require_finite(step: int, cfg: TrainConfig, **values: float) -> None:
     """Ends the run before the checkpoint is spoilt; every process has the same values."""
     if not all(map(math.isfinite, values.values())):
         message = (f"train.py: step {step}: {values}. {cfg.out_dir}/ckpt.pt holds the last good "
-                   "state; a lower --learning_rate may help")
+                   "state; a new run with a lower --learning_rate may help")
         raise SystemExit(message if RANK == 0 else 1)
 
 
@@ -492,20 +500,18 @@ def require_finite(step: int, cfg: TrainConfig, **values: float) -> None:
 
 @contextlib.contextmanager
 def count_choices(model: GPT) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within it every router counts its choices; yields the counts (C * E,) of each, in order."""
-    E = model.cfg.n_experts
-    R = model.cfg.n_channels * E
+    """Within it every router counts its choices; yields the counts (R,) of each, in order."""
     counts = defaultdict(int)
-
-    def add(router, args, output):
-        _, ids = output                                                 # (N, C, k)
-        rows = ids + torch.arange(0, R, E, device=ids.device)[:, None]
-        counts[router] += rows.flatten().bincount(minlength=R)
-
     with contextlib.ExitStack() as hooks:
         for block in model.blocks:
-            if isinstance(block.ffn, SparselyGatedLinear):
-                hooks.enter_context(block.ffn.router.register_forward_hook(add))
+            if not isinstance(block.ffn, SparselyGatedLinear):
+                continue
+
+            def add(router, args, output, ffn=block.ffn):
+                _, ids = output                                         # (N, C, k)
+                R = ffn.w_in.numel() // ffn.w_in.shape[-1]              # neurons of all pools
+                counts[router] += ffn.rows(ids).flatten().bincount(minlength=R)
+            hooks.enter_context(block.ffn.router.register_forward_hook(add))
         yield counts
 
 
@@ -561,7 +567,7 @@ def induction(model: GPT, autocast: contextlib.AbstractContextManager) -> float:
 @torch.no_grad()
 def evaluate(model: GPT, data: Data, cfg: TrainConfig,
              autocast: contextlib.AbstractContextManager) -> dict:
-    """Mean validation loss in nats per token, and how its routers chose.
+    """Validation loss in nats per token and bits per byte, induction, and how the routers chose.
 
     Every process does all of it: a sharded model needs them all in each forward pass, and it is
     little beside training.
@@ -672,9 +678,9 @@ def report(model: GPT, data: Data, cfg: TrainConfig, given: dict) -> None:
         f"{active:,} active per token; training takes {flops / tokens / 1e6:.1f} MFLOP per token")
     say(f"data     {cfg.data_dir}: {data.meta['train_tokens']:,} tokens, vocabulary "
         f"{cfg.vocab_size}")
-    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {WORLD} process(es): "
-        f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
-        f"{cfg.steps * flops:.3g} FLOP")
+    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {WORLD} process(es), "
+        f"{micro_batch(cfg)} sequences at a time: {cfg.steps * tokens / 1e6:.1f} M tokens, "
+        f"{passes:.2f} passes over the data, {cfg.steps * flops:.3g} FLOP")
     if passes > 4:
         say("note     so many passes overfit: take fewer --steps, or more data "
             "(prepare_data.py --help)")
@@ -696,7 +702,7 @@ def print_end(model: GPT, data: Data, cfg: TrainConfig, seconds: float) -> None:
         analysis = f"report {out_dir}"      # it has circuits
     say(f"next:  python sample.py {out_dir}\n"
         f"       python analyze.py {analysis}\n"
-        f"       python train.py {out_dir} --resume --steps={2 * cfg.steps}")
+        f"       {resume_command(cfg)} --steps={2 * cfg.steps}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -709,7 +715,7 @@ def set_up(given: dict) -> tuple[TrainConfig, dict | None, Data]:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()         # raises OSError if it is read-only
     with torch.device("meta"):
-        GPT(cfg)            # sizes that do not fit together raise here, before data is prepared
+        GPT(cfg)            # n_experts that is no square raises here, before data is prepared
     if saved is None and cfg.flops:
         cfg = dataclasses.replace(cfg, steps=steps_for(cfg.flops, cfg))
     data = open_data(cfg, saved)
@@ -827,8 +833,7 @@ def train(given: dict) -> None:
 
     del wrapped     # before the process group: if DDP is its last owner, gloo can hang at exit
     if step < cfg.steps:
-        say(f"stopped and saved at step {step}; to continue: "
-            f"python train.py {out_dir_option(cfg)} --resume")
+        say(f"stopped and saved at step {step}; to continue: {resume_command(cfg)}")
         raise SystemExit(130)
     print_end(model, data, cfg, progress["seconds"])
 
