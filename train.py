@@ -108,8 +108,8 @@ class TrainConfig(GPTConfig):
 
 # The defaults above are for a GPU: the model, the optimizer and the schedule of the paper's
 # TinyStories study. These replace them on a CPU.
-CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, d_key=32, batch_size=8,
-                  steps=1530, warmup_steps=50, learning_rate=6e-3, ffn_rate=0.33,
+CPU_PRESET = dict(data_dir="data/python", block_size=256, d_model=128, n_channels=4, d_key=32,
+                  batch_size=8, steps=1840, warmup_steps=50, learning_rate=6e-3, ffn_rate=0.33,
                   eval_interval=100, eval_sequences=64, compile=False)
 # Settings that may differ when a run is resumed.
 RESUMABLE = {"data_dir", "out_dir", "resume", "overwrite", "steps", "micro_batch_size",
