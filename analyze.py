@@ -179,8 +179,8 @@ def router_hook(model: GPT, hook: Callable) -> Iterator[None]:
         yield
 
 
-# Tokens, up to the one in question. Where these are equal, so, nearly, are the circuits, which says
-# nothing: such repeats are left out.
+# How many tokens, with the one in question last, make its context. Circuits in equal contexts are
+# nearly equal, which says nothing of the model: such repeats are left out.
 CONTEXT = 8
 
 
@@ -296,7 +296,8 @@ class Run:
     def prompt(self, text: str | None) -> list[int]:
         """<|endoftext|> and the tokens of a text; without one, the validation text's beginning."""
         if text is None:
-            # This is recorded, too: a token's own context is left out, so none is its own nearest.
+            # The first recorded window begins so, too. A token has the same context in both, and
+            # is not found as its own neighbour.
             return self.data.tokens("val")[:min(PASSAGE, self.cfg.block_size)].tolist()
         return encode_prompt(self.encoding, text)
 
@@ -753,7 +754,7 @@ def neuron_words(run: Run, layer: int, rows: list[int]) -> list[dict]:
     """
     model = run.model
     block = model.blocks[layer]
-    embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V', D) without padding
+    embeddings = model.embedding.weight[:run.encoding.n_vocab]          # (V', D): no padding
     w_out = block.ffn.w_out.flatten(0, 1)[rows]                         # (M, D)
     if run.cfg.norm:
         w_out = w_out * model.norm.scale
@@ -971,11 +972,10 @@ def show_explain(args: argparse.Namespace) -> None:
     neurons = []
     for layer, t, row, share, product in strongest(found, 12):
         [lists] = neuron_words(run, layer, [row])
-        words = {}
+        writes = []
         for kind in ("promotes", "suppresses"):
-            words[kind] = " ".join(run.name(token) for token, _ in lists[kind][:4])
+            writes.append(" ".join(run.name(token) for token, _ in lists[kind][:4]))
         reads = " ".join(f"{run.name(token)} {value:+.1f}" for token, value in lists["reads"][:4])
-        writes = [words["promotes"], words["suppresses"]]
         if product < 0:
             writes.reverse()
         channel, neuron = divmod(row, run.cfg.n_experts)
@@ -1387,8 +1387,7 @@ class Group:
         self.bits = np.array([run["evals"][-1]["val_bits_per_byte"] for run in runs])
         self.loss = float(self.losses.mean())
         self.seeds = [run["settings"]["seed"] for run in runs]
-        # Seconds are comparable on one kind of machine, at best. A median: a program may have run
-        # beside.
+        # Seconds of one kind of machine. Their median, for a program may have run beside.
         seconds = [run["seconds"] for run in runs if run["machine"] == machine and run["seconds"]]
         self.seconds = statistics.median(seconds) if seconds else None
 

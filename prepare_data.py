@@ -142,8 +142,9 @@ def find_files(source: str, site_packages: bool, shards: int) -> list[Path]:
     if source == "python":
         folders = [sysconfig.get_path("stdlib")]
         if site_packages:
-            # mostly one folder by two names
-            folders += sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+            # in most installations the same folder
+            folders += sorted({os.path.realpath(sysconfig.get_path(name))
+                               for name in ("purelib", "platlib")})
         for folder in folders:
             files += [path for path in walk(folder) if path.suffix == ".py"]
     elif source in DOWNLOADS:

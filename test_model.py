@@ -606,7 +606,10 @@ def test_topk_of_any_scores_is_in_range(on_triton, dtype):
 
 def launches(D, dtype):
     """The launches of a layer and of its top-k: [(kernel, args)]. Nothing runs."""
-    N, C, n, k = 64, 2, 16, 8
+    N = 64
+    C = 2
+    n = 16
+    k = 8
     _, index, inputs, dy = kernels.random_layer(N, D, C, n, k, device="cpu", dtype=dtype)
     scores = kernels.empty_scores(dy, N, C, n)              # with the strides of a GPU's
     seen = {}       # once for the same types of arguments
@@ -947,6 +950,15 @@ def test_changed_text_is_an_error(tmp_path):
         numbered_stories(tmp_path / "a.txt", n)
         with pytest.raises(ValueError):
             list(corpus.documents("train"))
+
+
+def test_installed_packages_are_read_once(tmp_path, monkeypatch):
+    for name in ("stdlib", "purelib"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").touch()
+    (tmp_path / "platlib").symlink_to("purelib")        # as lib64 in some virtual environments
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    assert len(prepare_data.find_files("python", site_packages=True, shards=0)) == 2
 
 
 def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
@@ -1544,7 +1556,8 @@ def test_a_neuron_that_two_channels_share_is_counted_once():
     with torch.no_grad(), train.count_choices(model) as counts:
         _, ids = model.blocks[0].ffn.router(torch.randn(7, model.cfg.d_model))      # (N, C, k)
     [count] = counts.values()
-    assert count.tolist() == [ids.flatten().tolist().count(neuron) for neuron in range(25)]
+    assert count.tolist() == [ids.flatten().tolist().count(neuron)
+                              for neuron in range(model.cfg.n_experts)]
 
 
 def test_induction_is_that_of_the_patterns(trained, monkeypatch):

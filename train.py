@@ -229,6 +229,7 @@ def out_dir_option(cfg: TrainConfig) -> str:
 
 
 def resume_command(cfg: TrainConfig) -> str:
+    """What continues this run; the dots stand for torchrun's own options."""
     start = "torchrun ..." if LAUNCHED else "python"
     shard = " --shard" if cfg.shard else ""         # which a run does not remember
     return f"{start} train.py {out_dir_option(cfg)} --resume{shard}"
