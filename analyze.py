@@ -35,9 +35,7 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -253,16 +251,18 @@ class Run:
 
     @functools.cached_property
     def trained(self) -> Recording:
-        progress(f"record the trained model on {self.n_windows} windows")
-        return record(self.model, self.validation())
+        windows = self.validation()
+        progress(f"record the trained model on {len(windows)} windows")
+        return record(self.model, windows)
 
     @functools.cached_property
     def untrained(self) -> Recording:
         """The control: the same windows through the model as it was before its first step."""
-        progress(f"record an untrained model on {self.n_windows} windows")
+        windows = self.validation()
+        progress(f"record an untrained model on {len(windows)} windows")
         torch.manual_seed(self.seed)
         model = GPT(self.cfg).to(self.device).eval()
-        return record(model, self.validation())
+        return record(model, windows)
 
     def layer(self, given: int | None) -> int:
         """--layer, or the last but one."""
@@ -800,18 +800,18 @@ def show_neuron(args: argparse.Namespace) -> None:
     """Where a neuron is chosen, what it reads and writes."""
     run = run_of(args)
     layer = run.layer(args.layer)
-    place = tuple(map(int, args.neuron.split(":")))
-    row = np.ravel_multi_index(place, (run.cfg.n_channels, run.cfg.n_experts))
+    channel, neuron = map(int, args.neuron.split(":"))
+    row = np.ravel_multi_index((channel, neuron), (run.cfg.n_channels, run.cfg.n_experts))
     [card] = neuron_cards(run, layer, [int(row)])
     excerpts = []
     for product, place in card["excerpts"]:
         excerpts.append([product, *run.shown(run.trained, place)])
     words = []
     for pairs in zip(card["promotes"], card["suppresses"], card["reads"]):
-        row = []
+        cells = []
         for token, value in pairs:
-            row += [run.name(token), value]
-        words.append(row)
+            cells += [run.name(token), value]
+        words.append(cells)
     show(f"Neuron {args.neuron} of layer {layer}, chosen by {card['use']:.3%} of "
          f"{run.trained.tokens.size:,} tokens, where what it adds is largest",
          ["gate * <w_in, x>", "before", "token", "after", "next"], excerpts)
@@ -1287,8 +1287,8 @@ VARIED = ("activation", "router", "softmax_gates", "shared_pool", "norm")   # a 
 def read_runs(path: Path) -> list[dict]:
     """The run of a folder or of its log, if it has an evaluation, or the runs that keep wrote.
 
-    A run is a dict: run (its name), settings (all of train.py's), data, evals, seconds (of all
-    steps, at the pace of the median one: it may have slept, or shared a processor), machine,
+    A run is a dict: run (its name), settings (all of train.py's), data, evals, seconds (of its
+    steps so far, at the pace of the median one: it may have slept, or shared a processor), machine,
     versions, commit.
     """
     file = path / "log.jsonl" if path.is_dir() else path
@@ -1305,25 +1305,18 @@ def read_runs(path: Path) -> list[dict]:
         return kept
     starts = by_event["config"] + by_event["resume"]
     settings = DEFAULTS | starts[-1]["config"]
-    if by_event["eval"][-1]["flops"] > settings["flops"]:
+    last = by_event["eval"][-1]
+    if last["flops"] > settings["flops"]:
         settings["flops"] = 0.0         # a run that --resume took beyond its budget
     paces = []
     for before, after in itertools.pairwise(by_event["step"]):
         steps = after["step"] - before["step"]
         paces.append((after["seconds"] - before["seconds"]) / steps)
-    seconds = settings["steps"] * statistics.median(paces) if paces else None
+    seconds = last["step"] * statistics.median(paces) if paces else None
     machines = dict.fromkeys(start["versions"]["machine"] for start in starts)
     return [dict(run=file.resolve().parent.name, settings=settings, data=starts[0]["data"],
                  evals=by_event["eval"], seconds=seconds, machine=" and ".join(machines),
-                 versions=starts[-1]["versions"], commit=commit_of(file.parent))]
-
-
-def commit_of(folder: Path) -> str | None:
-    """What is checked out in the git repository that a folder lies in, if it does."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+                 versions=starts[-1]["versions"], commit=starts[-1].get("commit"))]
 
 
 def is_finished(run: dict) -> bool:

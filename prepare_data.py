@@ -380,11 +380,9 @@ def sample_words(corpus: Corpus) -> dict[str, int]:
     Text without blanks, such as Chinese, has hardly a word twice: the sample is halved until its
     different words fit into WORD_BYTES.
     """
-    share = 2 * min(1, SAMPLE_BYTES / corpus.train_bytes)
-    counts = None
-    while counts is None:
+    share = min(1, SAMPLE_BYTES / corpus.train_bytes)
+    while (counts := count_words(draw_pieces(corpus.documents("train"), share))) is None:
         share /= 2
-        counts = count_words(draw_pieces(corpus.documents("train"), share))
     return counts
 
 
@@ -607,7 +605,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="slimpajama: files, of 292 MB each (default: 14)")
     args = parser.parse_intermixed_args(argv)
     if args.out_dir is None:
-        name = Path(args.sources[0]).resolve().name.split(".")[0]
+        name = TEXT_FILE.sub("", Path(args.sources[0]).resolve().name)
         args.out_dir = DATA / ("packages" if args.site_packages else name)
 
     meta = prepare(**vars(args))

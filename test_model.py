@@ -980,7 +980,7 @@ def test_any_standard_output_will_do(kind, planted, tmp_path, monkeypatch):
     outputs = {"a notebook's": io.StringIO(), "closed": None, "ASCII": ascii_only}
     monkeypatch.setattr(sys, "stdout", outputs[kind])
     prepare_data.main(["my tale.v2.txt", "--tokenizer=bytes"])
-    run(Path("\u00e9"), *SMALL, "--data_dir=data/my tale", "--steps=1")
+    run(Path("\u00e9"), *SMALL, "--data_dir=data/my tale.v2", "--steps=1")
     sample.main(["--out_dir=\u00e9", "--prompt=\u00e9", "--max_new_tokens=3"])
     analyze.main(["neighbors", "--prompt=\u00e9", f"--out_dir={planted}"])
 
@@ -1147,6 +1147,14 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """Twenty steps without interruption, which the other runs are compared with."""
     return run(tmp_path_factory.mktemp("trained"), *SMALL, *TWENTY, f"--data_dir={data}")
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_log_names_the_commit(trained):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(train.__file__).parent,
+                          capture_output=True, text=True)
+    [start] = log(trained, "config")
+    assert (start["commit"] or "").removesuffix("-dirty") == head.stdout.strip()
 
 
 # Several runs in the same processes, one an argument with its settings separated by newlines: each
@@ -2191,7 +2199,7 @@ def run_log(folder, ffn, losses, seconds=100, machine="cpu: 2 threads", fingerpr
     """
     config = vars(train.TrainConfig(**dict(ffn=ffn, flops=1e12, steps=20) | settings))
     entries = [dict(event="config", config=config, data=dict(fingerprint=fingerprint),
-                    versions=dict(machine=machine, processes=1))]
+                    versions=dict(machine=machine), commit="f00")]
     for step, loss in zip((0, 10, until), losses):
         entries.append(dict(event="eval", step=step, tokens=10 * step, flops=100 * step,
                             seconds=seconds * step / 20, train_loss=9.0, val_loss=loss,
@@ -2267,6 +2275,7 @@ def test_curves_leave_out_what_is_not_to_be_compared(tmp_path, capsys):
     [group] = groups_of([whole, young, again])
     assert group.losses.tolist() == [3]
     assert "2 runs left out" in capsys.readouterr().err
+    assert groups_of([young])[0].seconds == 95          # of 19 steps, and not of the 20 planned
     beyond = run_log(tmp_path / "beyond", "mlp", (8, 5, 3), flops=1500)     # it spent 2000
     assert groups_of([beyond])[0].budget == 0
     for other in (dict(fingerprint="y"), dict(eval_sequences=64)):

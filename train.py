@@ -30,7 +30,9 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -231,8 +233,13 @@ def out_dir_option(cfg: TrainConfig) -> str:
 def resume_command(cfg: TrainConfig) -> str:
     """What continues this run; the dots stand for torchrun's own options."""
     start = "torchrun ..." if LAUNCHED else "python"
-    shard = " --shard" if cfg.shard else ""         # which a run does not remember
-    return f"{start} train.py {out_dir_option(cfg)} --resume{shard}"
+    command = f"{start} train.py {out_dir_option(cfg)} --resume"
+    # A run does not remember these two.
+    if cfg.device != TrainConfig.device:
+        command += f" --device={cfg.device}"
+    if cfg.shard:
+        command += " --shard"
+    return command
 
 
 # --------------------------------------------------------------------------------------------------
@@ -632,7 +639,7 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None) -> None:
     os.replace(partial, path)
     about = dict(config=dataclasses.asdict(cfg), data=data.meta,
                  versions=dict(torch=torch.__version__, python=platform.python_version(),
-                               machine=describe_device(cfg.device), processes=WORLD))
+                               machine=describe_device(cfg.device)), commit=commit())
     if saved:
         append_log(cfg, event="resume", step=saved["step"], **about)
     else:
@@ -642,8 +649,19 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None) -> None:
 
 def describe_device(device: str) -> str:
     if device == "cuda":
-        return f"cuda: {torch.cuda.get_device_name()}"
-    return f"cpu: {torch.get_num_threads()} threads"
+        text = f"cuda: {torch.cuda.get_device_name()}"
+    else:
+        text = f"cpu: {torch.get_num_threads()} threads"
+    return f"{text}, {WORLD} processes" if WORLD > 1 else text
+
+
+def commit() -> str | None:
+    """The git commit of this code, with -dirty if it was changed since; None outside of git."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def log_evaluation(result: dict, progress: dict, cfg: TrainConfig, model: GPT) -> None:
@@ -657,7 +675,10 @@ def log_evaluation(result: dict, progress: dict, cfg: TrainConfig, model: GPT) -
 
 def log_step(progress: dict, lr: float, norm: float, elapsed: float, peak_flops: float,
              cfg: TrainConfig, model: GPT) -> None:
-    """One line about the step that took `elapsed` seconds; MFU: the share of the peak FLOP/s."""
+    """One line about the step that took `elapsed` seconds.
+
+    MFU: the share of the peak FLOP/s by the paper's count, which leaves out the unembedding.
+    """
     step = progress["step"]
     tokens = cfg.batch_size * cfg.block_size
     eta = timedelta(seconds=round(elapsed * (cfg.steps - step)))
