@@ -476,8 +476,7 @@ def product_topk_grad_torch(grad: Tensor, ids: Tensor, n: int) -> Tensor:
 def top_labels(values: Tensor, labels: Tensor, k: int) -> Tensor:
     """The labels (..., k) of the k largest of values (..., n), in order; of equals the lower first.
 
-    labels (n,) are rising int64, in [0, 2**31). On a CPU -0.0 counts as less than 0.0, but
-    in float64.
+    labels (n,) are rising int64, in [0, 2**31). On a CPU, except in float64, -0.0 is less than 0.0.
     """
     if values.device.type != "cpu" or values.dtype == torch.float64:
         return labels[values.sort(dim=-1, descending=True, stable=True).indices[..., :k]]

@@ -1219,6 +1219,8 @@ def test_two_processes_follow_one(name, in_float64, two):
     folder, printed = two
     assert_close_runs(folder / name, in_float64)
     assert printed.count("A sample:") == 3          # only one of them prints
+    [begun] = log(folder / name, "config")
+    assert begun["versions"]["machine"].endswith(", 2 processes")
 
 
 def test_sharded_processes_hold_half(two):

@@ -639,7 +639,7 @@ def start_log(cfg: TrainConfig, data: Data, saved: dict | None) -> None:
     os.replace(partial, path)
     about = dict(config=dataclasses.asdict(cfg), data=data.meta,
                  versions=dict(torch=torch.__version__, python=platform.python_version(),
-                               machine=describe_device(cfg.device)), commit=commit())
+                               machine=describe_device(cfg.device)), commit=git_commit())
     if saved:
         append_log(cfg, event="resume", step=saved["step"], **about)
     else:
@@ -655,7 +655,7 @@ def describe_device(device: str) -> str:
     return f"{text}, {WORLD} processes" if WORLD > 1 else text
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The git commit of this code, with -dirty if it was changed since; None outside of git."""
     if not shutil.which("git"):
         return None
@@ -700,9 +700,9 @@ def report(model: GPT, data: Data, cfg: TrainConfig, given: dict) -> None:
         f"{active:,} active per token; training takes {flops / tokens / 1e6:.1f} MFLOP per token")
     say(f"data     {cfg.data_dir}: {data.meta['train_tokens']:,} tokens, vocabulary "
         f"{cfg.vocab_size}")
-    say(f"plan     {cfg.steps} steps of {tokens:,} tokens on {WORLD} process(es), "
-        f"{micro_batch(cfg)} sequences at a time: {cfg.steps * tokens / 1e6:.1f} M tokens, "
-        f"{passes:.2f} passes over the data, {cfg.steps * flops:.3g} FLOP")
+    say(f"plan     {cfg.steps} steps of {tokens:,} tokens, {micro_batch(cfg)} sequences at a time: "
+        f"{cfg.steps * tokens / 1e6:.1f} M tokens, {passes:.2f} passes over the data, "
+        f"{cfg.steps * flops:.3g} FLOP")
     if passes > 4:
         say("note     so many passes overfit: take fewer --steps, or more data "
             "(prepare_data.py --help)")
